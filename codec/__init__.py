@@ -1,0 +1,1 @@
+"""The bitstream container and entropy coding around the all-in-one codec."""

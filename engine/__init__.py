@@ -1,0 +1,1 @@
+"""Devices, memory, tiling, and the built-in workflow runner."""

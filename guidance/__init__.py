@@ -1,0 +1,1 @@
+"""Zero-shot restoration: operators, priors, schedules and schemes."""

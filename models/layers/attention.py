@@ -1,0 +1,60 @@
+"""Channel ("transposed") attention and the gated feed-forward network of Restormer, as several networks use them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+
+def transposed_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, temperature: torch.Tensor
+) -> torch.Tensor:
+    """Attention over channels. query, key, value [B, C, H, W]; temperature [heads, 1, 1]; returns [B, C, H, W].
+
+    softmax(norm(q) norm(k)^T * temperature) v with q and k L2-normalised along the pixels (Restormer, section 3.1).
+    The normalisation is applied to the small [C/heads, C/heads] product instead of to the two feature maps; the
+    sums over pixels run in float32.
+    """
+    heads, width = temperature.shape[0], query.shape[-1]
+    query, key, value = (rearrange(t, "b (heads c) h w -> b heads c (h w)", heads=heads) for t in (query, key, value))
+    query_norm = torch.linalg.vector_norm(query, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+    key_norm = torch.linalg.vector_norm(key, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+    if query.dtype in (torch.float16, torch.bfloat16):  # a raw product of thousands of pixels overflows half precision
+        query, key = (query / query_norm).to(query.dtype), (key / key_norm).to(key.dtype)
+        scores = (query @ key.transpose(-2, -1)).float()
+    else:
+        scores = (query @ key.transpose(-2, -1)) / (query_norm * key_norm.transpose(-2, -1))
+    attention = (scores * temperature).softmax(dim=-1).to(value.dtype)
+    return rearrange(attention @ value, "b heads c (h w) -> b (heads c) h w", w=width)
+
+
+class TransposedAttention(nn.Module):
+    """Multi-head channel self-attention (MDTA). [B, C, H, W] -> [B, C, H, W]. Keys as in released checkpoints."""
+
+    def __init__(self, dim: int, heads: int, bias: bool) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.qkv = nn.Conv2d(dim, dim * 3, 1, bias=bias)
+        self.qkv_dwconv = nn.Conv2d(dim * 3, dim * 3, 3, padding=1, groups=dim * 3, bias=bias)
+        self.project_out = nn.Conv2d(dim, dim, 1, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.qkv_dwconv(self.qkv(x)).chunk(3, dim=1)
+        return self.project_out(transposed_attention(query, key, value, self.temperature))
+
+
+class GatedFeedForward(nn.Module):
+    """Gated depth-wise convolution feed-forward (GDFN). [B, C, H, W] -> [B, C, H, W]. Keys as released."""
+
+    def __init__(self, dim: int, expansion: float, bias: bool) -> None:
+        super().__init__()
+        hidden = int(dim * expansion)
+        self.project_in = nn.Conv2d(dim, hidden * 2, 1, bias=bias)
+        self.dwconv = nn.Conv2d(hidden * 2, hidden * 2, 3, padding=1, groups=hidden * 2, bias=bias)
+        self.project_out = nn.Conv2d(hidden, dim, 1, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, value = self.dwconv(self.project_in(x)).chunk(2, dim=1)
+        return self.project_out(F.gelu(gate) * value)

@@ -1,0 +1,39 @@
+"""Normalisation over the channels of feature maps."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class ChannelLayerNorm(nn.Module):
+    """Layer norm over the channels of every pixel. [B, C, H, W] -> [B, C, H, W]; statistics in float32.
+
+    `bias=False` is Restormer's bias-free form: divided by the standard deviation, the mean stays. Wrap it as
+    `body` where a checkpoint's keys ask for it (`NormBody`).
+    """
+
+    def __init__(self, channels: int, bias: bool = True, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        variance, mean = torch.var_mean(x.float(), dim=1, keepdim=True, correction=0)
+        inverse = torch.rsqrt(variance + self.eps)
+        weight = self.weight[:, None, None]
+        if self.bias is None:
+            return x * inverse.to(x.dtype) * weight
+        return ((x - mean.to(x.dtype)) * inverse.to(x.dtype)) * weight + self.bias[:, None, None]
+
+
+class NormBody(nn.Module):
+    """`ChannelLayerNorm` under the key `body`, as Restormer-like checkpoints store it."""
+
+    def __init__(self, channels: int, bias: bool = True) -> None:
+        super().__init__()
+        self.body = ChannelLayerNorm(channels, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)

@@ -1,0 +1,70 @@
+"""A loaded network together with what is known about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from .layers.padding import crop, pad_to_multiple
+from .registry import Architecture
+
+
+@dataclass
+class Restorer:
+    """`restorer(image)` restores a batch; everything else says what the network is and where it came from."""
+
+    architecture: Architecture
+    config: Mapping[str, Any]
+    module: nn.Module
+    source: str = ""
+    """File name, or "" for a state dict given in memory."""
+    notes: list[str] = field(default_factory=list)
+    """What was found while loading: wrappers, EMA weights, guessed settings, ignored entries."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def scale(self) -> int:
+        return self.architecture.scale(self.config)
+
+    @property
+    def multiple_of(self) -> int:
+        return self.architecture.multiple_of(self.config)
+
+    @property
+    def minimum_size(self) -> int:
+        return self.architecture.minimum_size(self.config)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        named = self.metadata.get("tasks", "")
+        return tuple(t for t in named.split(",") if t) or self.architecture.tasks
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.module.parameters())
+
+    def context(self, image: torch.Tensor) -> dict[str, Any]:
+        """What the network decides once for a whole picture, to be passed to every tile of it."""
+        if self.architecture.context is None:
+            return {}
+        padded, _ = pad_to_multiple(image, self.multiple_of, self.minimum_size)
+        return self.architecture.context(self.module, padded)
+
+    def __call__(self, image: torch.Tensor, **context: Any) -> torch.Tensor:
+        """Restores `image` [B, C, H, W] in 0..1 whole, of any size; returns [B, C, scale * H, scale * W].
+
+        Not clamped. Pictures too large for this go through `engine.tiling`. Raises InputError for a wrong shape.
+        """
+        if self.architecture.kind != "restorer":
+            raise InputError(f"{self.architecture.title} is a {self.architecture.kind}, not an image restorer")
+        if image.ndim != 4:
+            raise InputError(f"image: expected [B, C, H, W], got {tuple(image.shape)}")
+        if min(image.shape) == 0:
+            raise InputError(f"image: empty, {tuple(image.shape)}")
+        padded, size = pad_to_multiple(image, self.multiple_of, self.minimum_size)
+        return crop(self.architecture.restore(self.module, padded, **context), size, self.scale)

@@ -1,0 +1,22 @@
+"""The graph faces: ComfyUI V3 nodes, a file per family; each family's last lines list its nodes in `NODES`."""
+
+from __future__ import annotations
+
+import importlib
+
+from .api import ComfyExtension, io
+
+# The order is the order of the node menu.
+FAMILIES: tuple[str, ...] = ()
+
+
+def node_classes() -> list[type[io.ComfyNode]]:
+    """Every node class of the pack."""
+    return [node for family in FAMILIES for node in importlib.import_module(f".{family}", __package__).NODES]
+
+
+class MendExtension(ComfyExtension):
+    """What ComfyUI's entry point returns."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return node_classes()

@@ -1,0 +1,1 @@
+"""Degradations, data sets, objectives and the trainer."""

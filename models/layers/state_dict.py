@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+
+from ...errors import CheckpointError
 
 
 def indices(keys: Iterable[str], prefix: str) -> list[int]:
@@ -19,3 +22,18 @@ def indices(keys: Iterable[str], prefix: str) -> list[int]:
 def count_indices(keys: Iterable[str], prefix: str) -> int:
     """How many different numbers follow `prefix` in `keys`."""
     return len(indices(keys, prefix))
+
+
+def expansion_factor(widths: Iterable[tuple[int, int]]) -> float:
+    """The shortest decimal f with hidden == int(width * f) for every (width, hidden).
+
+    Networks store int(width * f) channels, never f itself. Raises CheckpointError if no f gives all of them.
+    """
+    pairs = list(widths)
+    low = max(hidden / width for width, hidden in pairs)
+    for digits in range(7):
+        step = 10**digits
+        for factor in (math.floor(low * step) / step, math.ceil(low * step) / step):
+            if all(int(width * factor) == hidden for width, hidden in pairs):
+                return factor
+    raise CheckpointError(f"no expansion factor gives these widths and hidden widths: {pairs}")

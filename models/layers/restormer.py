@@ -1,0 +1,63 @@
+"""The pieces of Restormer that its many descendants share, under the key names of released checkpoints.
+
+Zamir et al., "Restormer: Efficient Transformer for High-Resolution Image Restoration", CVPR 2022, arXiv 2111.09881.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .attention import GatedFeedForward, TransposedAttention
+from .norm import NormBody
+
+
+class RestormerBlock(nn.Module):
+    """Channel attention, then gated feed-forward, each normalised first and residual. [B, C, H, W] -> same.
+
+    Keys: norm1.body, attn, norm2.body, ffn. `norm_bias=False` is the "BiasFree" norm.
+    """
+
+    def __init__(self, dim: int, heads: int, expansion: float, bias: bool = False, norm_bias: bool = True) -> None:
+        super().__init__()
+        self.norm1 = NormBody(dim, norm_bias)
+        self.attn = TransposedAttention(dim, heads, bias)
+        self.norm2 = NormBody(dim, norm_bias)
+        self.ffn = GatedFeedForward(dim, expansion, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.ffn(self.norm2(x))
+
+
+class Downsample(nn.Module):
+    """[B, C, H, W] -> [B, 2C, H/2, W/2]: 3x3 convolution to C/2, pixel unshuffle."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False), nn.PixelUnshuffle(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+class Upsample(nn.Module):
+    """[B, C, H, W] -> [B, C/2, 2H, 2W]: 3x3 convolution to 2C, pixel shuffle."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(dim, dim * 2, 3, padding=1, bias=False), nn.PixelShuffle(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+class OverlapPatchEmbed(nn.Module):
+    """The first 3x3 convolution, under the key `proj`."""
+
+    def __init__(self, channels: int, dim: int, bias: bool = False) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, 3, padding=1, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x)

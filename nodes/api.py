@@ -1,0 +1,22 @@
+"""The node API: ComfyUI's own inside it, the built-in twin (`engine/node_api.py`) elsewhere."""
+
+from __future__ import annotations
+
+from ..engine import host
+
+if host.inside_comfyui():
+    from comfy_api.latest import ComfyExtension, io, ui
+    from comfy_execution.graph_utils import GraphBuilder
+else:
+    from ..engine.node_api import ComfyExtension, GraphBuilder, io, ui
+
+__all__ = ["ComfyExtension", "GraphBuilder", "advanced", "io", "ui"]
+
+
+def advanced(slot: io.Input) -> io.Input:
+    """Marks an input as one for experts: newer pages fold it away, older ones show it like any other."""
+    if hasattr(slot, "advanced"):
+        slot.advanced = True
+    else:
+        slot.extra_dict = {**(getattr(slot, "extra_dict", None) or {}), "advanced": True}
+    return slot

@@ -1,0 +1,28 @@
+"""The pack's own wire types. Where ComfyUI has one (IMAGE, LATENT, SIGMAS, CONDITIONING ...), that one is used."""
+
+from __future__ import annotations
+
+from .api import io
+
+Restorer = io.Custom("MEND_RESTORER")
+"""A loaded network, as `engine.host.Managed` keeps it."""
+Routing = io.Custom("MEND_ROUTING")
+"""MoCE-IR's choice per decoder block: logits, probabilities, experts."""
+Degradation = io.Custom("MEND_DEGRADATION")
+"""What is wrong with the picture: class probabilities and/or a method's embedding."""
+Residual = io.Custom("MEND_RESIDUAL")
+"""DA-RCOT's first-pass residual and its embeddings."""
+Operator = io.Custom("MEND_OPERATOR")
+"""A linear degradation A."""
+Measurement = io.Custom("MEND_MEASUREMENT")
+"""An observation y = A x + noise with its noise level."""
+Prior = io.Custom("MEND_PRIOR")
+"""A denoiser x, sigma -> x0."""
+Codec = io.Custom("MEND_CODEC")
+"""A codec network."""
+Bitstream = io.Custom("MEND_BITSTREAM")
+"""Compressed bytes with size, quality and rate."""
+Dataset = io.Custom("MEND_DATASET")
+"""Training pairs."""
+Objective = io.Custom("MEND_OBJECTIVE")
+"""A training method."""

@@ -1,0 +1,93 @@
+"""TUR: AirNet, Uformer and TransWeather with their uncertainty heads, one training step, and the loss alone."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from comfyui_mend.training.objectives.tur import TaskUncertaintyLoss
+
+
+def run(case):
+    if "loss" in case.config:
+        return _loss(case)
+    module = case.module()
+    if "gt" in case.inputs:
+        return _train_step(case, module)
+    outputs = {}
+    for name, x in case.inputs.items():
+        suffix = name.removeprefix("x")
+        wanted = {} if suffix else _taps(case, module)
+        outputs |= _tapped(wanted, lambda x=x, suffix=suffix: _both(module, x, suffix))
+    return outputs
+
+
+def _both(module, x, suffix):
+    if _head(module) is None:
+        return {f"y{suffix}": module(x)}
+    y, uncertainty = module.forward_with_uncertainty(x)
+    return {f"y{suffix}": y, f"uncertainty{suffix}": uncertainty}
+
+
+def _head(module):
+    return getattr(getattr(module, "R", module), "var_conv", None)
+
+
+def _taps(case, module):
+    modules = dict(module.named_modules())
+    names = (n.removeprefix("tap.") for n in case.outputs if n.startswith("tap."))
+    return {name: modules[name] for name in names}
+
+
+def _tapped(taps, call):
+    """The outputs of `call`, and what the named modules returned, as the reference keeps it: maps as tokens."""
+    kept = {}
+    hooks = [m.register_forward_hook(lambda _m, _i, out, n=n: kept.__setitem__(n, out)) for n, m in taps.items()]
+    try:
+        outputs = call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs | {f"tap.{n}": _as_recorded(n, v) for n, v in kept.items()}
+
+
+def _as_recorded(name, value):
+    if re.search(r"^(Tenc|Tdec|dowsample|upsample|conv$|encoderlayer|decoderlayer)", name) and value.ndim == 4:
+        return value.flatten(1, 2)  # feature maps are [B, H, W, C] in these networks, tokens in the reference
+    return value
+
+
+def _train_step(case, module):
+    module.train().requires_grad_(True)
+    module.E.requires_grad_(False)
+    x, target, task = case.inputs["x"], case.inputs["gt"], case.inputs["task"]
+    y, uncertainty = module.forward_with_uncertainty(x)
+    report = TaskUncertaintyLoss.released("3task")(y, target, uncertainty, task)
+    report.total.backward()
+    parameters, state = dict(module.named_parameters()), module.state_dict()
+    outputs = {"y": y, "uncertainty": uncertainty, "total": report.total[None]}
+    for name in case.outputs:
+        if name.startswith("grad."):
+            outputs[name] = parameters[name.removeprefix("grad.")].grad
+        elif name.startswith("new."):
+            outputs[name] = state[name.removeprefix("new.")]
+    return outputs
+
+
+def _loss(case):
+    prediction, uncertainty = (case.inputs[k].clone().requires_grad_(True) for k in ("pred", "uncertainty"))
+    kind = case.config["loss"]
+    report = TaskUncertaintyLoss.released(kind)(prediction, case.inputs["target"], uncertainty, case.inputs["task"])
+    report.total.backward()
+    # The published 7-task code reports 2 mean(U) under the name of the log term.
+    log_term = report.mean_uncertainty * 2 if kind == "7task" else report.log_term
+    return {
+        "total": report.total[None],
+        "per_class": report.per_task,
+        "plain_l1": report.plain_l1,
+        "weighted_l1": report.weighted_l1,
+        "log_term": log_term,
+        "grad.pred": prediction.grad,
+        "grad.uncertainty": uncertainty.grad,
+    }

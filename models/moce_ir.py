@@ -29,13 +29,14 @@ class Routing:
     """The experts a batch takes: one decision per decoder block (in order of execution), image and expert.
 
     logits, probabilities, gates: [blocks, B, experts]; probabilities are noise-free; gates are what is applied (zero
-    for experts that are not run). noisy_logits is None unless routing noise was drawn.
+    for experts that are not run). noisy_logits is None unless routing noise was drawn. names: the blocks' modules.
     """
 
     logits: torch.Tensor
     probabilities: torch.Tensor
     gates: torch.Tensor
     noisy_logits: torch.Tensor | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def choice(self) -> torch.Tensor:
@@ -48,13 +49,14 @@ class Routing:
     def __getitem__(self, images: slice) -> Routing:
         """The routing of some images of the batch."""
         noisy = None if self.noisy_logits is None else self.noisy_logits[:, images]
-        return Routing(self.logits[:, images], self.probabilities[:, images], self.gates[:, images], noisy)
+        parts = (t[:, images] for t in (self.logits, self.probabilities, self.gates))
+        return Routing(*parts, noisy, self.names)
 
     def to(self, *args: Any, **kwargs: Any) -> Routing:
         """As Tensor.to, for every tensor of it."""
         noisy = None if self.noisy_logits is None else self.noisy_logits.to(*args, **kwargs)
         moved = (t.to(*args, **kwargs) for t in (self.logits, self.probabilities, self.gates))
-        return Routing(*moved, noisy)
+        return Routing(*moved, noisy, self.names)
 
 
 def expert_rank(expert: int, dim: int, experts: int, rank_type: str, rank: int) -> int:
@@ -141,9 +143,7 @@ def circular_convolution(a: torch.Tensor, b: torch.Tensor, patch: int) -> torch.
     pad = (0, -width % patch, 0, -height % patch)
     layout = "b c (h p) (w q) -> b c h w p q"
     with torch.autocast(a.device.type, enabled=False):
-        spectra = [
-            torch.fft.rfft2(rearrange(F.pad(t.float(), pad), layout, p=patch, q=patch)) for t in (a, b)
-        ]
+        spectra = [torch.fft.rfft2(rearrange(F.pad(t.float(), pad), layout, p=patch, q=patch)) for t in (a, b)]
         mixed = torch.fft.irfft2(spectra[0] * spectra[1], s=(patch, patch))
     return rearrange(mixed, "b c h w p q -> b c (h p) (w q)")[..., :height, :width]
 
@@ -198,7 +198,9 @@ class Adapter(nn.Module):
 
     def forward(self, x: torch.Tensor, shared: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """x, shared [B, C, H, W], gates [B, experts]: sum over experts of gate * expert, each on its images only."""
-        if len(gates) == 1 or bool((gates.count_nonzero(dim=0) == len(gates)).logical_or(gates.any(dim=0).logical_not()).all()):
+        if len(gates) == 1 or bool(
+            (gates.count_nonzero(dim=0) == len(gates)).logical_or(gates.any(dim=0).logical_not()).all()
+        ):
             # Every image takes the same experts: no gather, no scatter.
             mixed: torch.Tensor | float = 0.0
             for index in gates[0].nonzero().flatten().tolist():
@@ -575,6 +577,7 @@ ARCHITECTURES = [
         metadata_keys=("topk", "with_complexity", "complexity_scale"),
         multiple_of=lambda config: 2 ** (len(config["num_blocks"]) - 1),
         context=_context,
+        bytes_per_pixel=lambda config: 72.0 * config["dim"],
         global_statistics="channel attention and expert routing look at the whole picture; the route is decided once "
         "and shared by all tiles, attention is computed per tile",
     )

@@ -7,7 +7,7 @@ import importlib
 from .api import ComfyExtension, io
 
 # The order is the order of the node menu.
-FAMILIES: tuple[str, ...] = ()
+FAMILIES: tuple[str, ...] = ("restore", "routing", "inspect")
 
 
 def node_classes() -> list[type[io.ComfyNode]]:

@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 
 
-def pad_to_multiple(
-    image: torch.Tensor, multiple: int, minimum: int = 1
-) -> tuple[torch.Tensor, tuple[int, int]]:
+def pad_to_multiple(image: torch.Tensor, multiple: int, minimum: int = 1) -> tuple[torch.Tensor, tuple[int, int]]:
     """Pads [B, C, H, W] at the bottom and right to multiples of `multiple`, at least `minimum`.
 
     Reflects; where the picture is too small to reflect, repeats the border. Returns the picture and its (H, W).

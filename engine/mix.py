@@ -1,0 +1,64 @@
+"""Mixing a restored picture with its original: strength, mask, structure and detail, colour. No network runs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from kornia.filters import gaussian_blur2d
+
+from ..errors import InputError
+from .report import match_size
+
+
+def low_frequencies(image: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian low-pass of [B, C, H, W] with `sigma` in pixels, computed on a reduced picture where sigma is large."""
+    height, width = image.shape[-2:]
+    step = max(1, min(int(sigma // 4), height // 8, width // 8))
+    small = image if step == 1 else F.interpolate(image, size=(height // step, width // step), mode="area")
+    reduced = sigma / step
+    kernel = min(2 * int(3 * reduced) + 1, 2 * (min(small.shape[-2:]) - 1) + 1)
+    if kernel >= 3:
+        small = gaussian_blur2d(small, (kernel, kernel), (reduced, reduced), border_type="replicate")
+    return small if step == 1 else F.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)
+
+
+def mix(
+    original: torch.Tensor,
+    restored: torch.Tensor,
+    *,
+    strength: float = 1.0,
+    mask: torch.Tensor | None = None,
+    structure: float = 1.0,
+    detail: float = 1.0,
+    split: float = 3.0,
+    colour_anchor: float = 0.0,
+) -> torch.Tensor:
+    """original + strength * mask * (what the restoration changed), split into frequency bands.
+
+    original [B, C, h, w] is scaled to restored [B, C, H, W]; mask [B or 1, H', W'] in 0..1. structure and detail weigh
+    the change below and above a Gaussian of `split` pixels; colour_anchor pulls the very low frequencies (a thirtieth
+    of the picture) back to the original's. Values outside 0..2 extrapolate. Returns [B, C, H, W], clamped.
+    """
+    channels = min(original.shape[1], restored.shape[1])
+    if len(original) not in (1, len(restored)):
+        raise InputError(f"original: {len(original)} pictures, but restored has {len(restored)}")
+    base, result = match_size(original[:, :channels].float(), restored), restored[:, :channels].float()
+    change = result - base
+    if colour_anchor > 0:
+        sigma = max(2.0, max(change.shape[-2:]) / 30)
+        change = change - colour_anchor * low_frequencies(change, sigma)
+    if structure != detail:
+        low = low_frequencies(change, max(0.3, split))
+        change = structure * low + detail * (change - low)
+    else:
+        change = change * structure
+    weight: torch.Tensor | float = strength
+    if mask is not None:
+        if len(mask) not in (1, len(result)):
+            raise InputError(f"mask: {len(mask)} masks for {len(result)} pictures; use one, or one per picture")
+        scaled = F.interpolate(mask[:, None].float(), size=result.shape[-2:], mode="bilinear", align_corners=False)
+        weight = strength * scaled.clamp(0, 1).to(result.device)
+    mixed = base + weight * change
+    if restored.shape[1] > channels:
+        mixed = torch.cat([mixed, restored[:, channels:].float()], dim=1)
+    return mixed.clamp(0, 1)

@@ -21,7 +21,14 @@ State = Mapping[str, torch.Tensor]
 Config = Mapping[str, Any]
 
 # Order matters only where one network's keys are a subset of another's: the more specific one comes first.
-_MODULES = ("moce_ir", "da_rcot", "airnet", "vlu_net")
+_MODULES = (
+    "moce_ir",
+    "da_rcot",
+    "airnet",
+    "vlu_net",
+    "mair",
+    "mambair",
+)
 
 
 def _one(config: Config) -> int:

@@ -28,6 +28,11 @@ _MODULES = (
     "vlu_net",
     "mair",
     "mambair",
+    "dcpt_classifier",
+    "nafnet",
+    "swinir",
+    "restormer",
+    "promptir",
 )
 
 

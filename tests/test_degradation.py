@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from comfyui_mend.errors import InputError
 from comfyui_mend.models.degradation import Degradation
 

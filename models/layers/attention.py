@@ -9,11 +9,16 @@ from torch import nn
 
 
 def transposed_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, temperature: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    temperature: torch.Tensor,
+    activation: str = "softmax",
 ) -> torch.Tensor:
     """Attention over channels. query, key, value [B, C, H, W]; temperature [heads, 1, 1]; returns [B, C, H, W].
 
-    softmax(norm(q) norm(k)^T * temperature) v with q and k L2-normalised along the pixels (Restormer, section 3.1).
+    softmax(norm(q) norm(k)^T * temperature) v with q and k L2-normalised along the pixels (Restormer, section 3.1);
+    `activation` "relu" takes the place of the softmax where a network was trained so.
     The normalisation is applied to the small [C/heads, C/heads] product instead of to the two feature maps; the
     sums over pixels run in float32.
     """
@@ -26,15 +31,17 @@ def transposed_attention(
         scores = (query @ key.transpose(-2, -1)).float()
     else:
         scores = (query @ key.transpose(-2, -1)) / (query_norm * key_norm.transpose(-2, -1))
-    attention = (scores * temperature).softmax(dim=-1).to(value.dtype)
+    scores = scores * temperature
+    attention = (scores.relu() if activation == "relu" else scores.softmax(dim=-1)).to(value.dtype)
     return rearrange(attention @ value, "b heads c (h w) -> b (heads c) h w", w=width)
 
 
 class TransposedAttention(nn.Module):
     """Multi-head channel self-attention (MDTA). [B, C, H, W] -> [B, C, H, W]. Keys as in released checkpoints."""
 
-    def __init__(self, dim: int, heads: int, bias: bool) -> None:
+    def __init__(self, dim: int, heads: int, bias: bool, activation: str = "softmax") -> None:
         super().__init__()
+        self.activation = activation
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
         self.qkv = nn.Conv2d(dim, dim * 3, 1, bias=bias)
         self.qkv_dwconv = nn.Conv2d(dim * 3, dim * 3, 3, padding=1, groups=dim * 3, bias=bias)
@@ -42,7 +49,7 @@ class TransposedAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = self.qkv_dwconv(self.qkv(x)).chunk(3, dim=1)
-        return self.project_out(transposed_attention(query, key, value, self.temperature))
+        return self.project_out(transposed_attention(query, key, value, self.temperature, self.activation))
 
 
 class GatedFeedForward(nn.Module):

@@ -31,9 +31,9 @@ class ChannelLayerNorm(nn.Module):
 class NormBody(nn.Module):
     """`ChannelLayerNorm` under the key `body`, as Restormer-like checkpoints store it."""
 
-    def __init__(self, channels: int, bias: bool = True) -> None:
+    def __init__(self, channels: int, bias: bool = True, eps: float = 1e-5) -> None:
         super().__init__()
-        self.body = ChannelLayerNorm(channels, bias)
+        self.body = ChannelLayerNorm(channels, bias, eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.body(x)

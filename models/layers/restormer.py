@@ -15,14 +15,24 @@ from .norm import NormBody
 class RestormerBlock(nn.Module):
     """Channel attention, then gated feed-forward, each normalised first and residual. [B, C, H, W] -> same.
 
-    Keys: norm1.body, attn, norm2.body, ffn. `norm_bias=False` is the "BiasFree" norm.
+    Keys: norm1.body, attn, norm2.body, ffn. `norm_bias=False` is the "BiasFree" norm; `activation` as in
+    `transposed_attention`.
     """
 
-    def __init__(self, dim: int, heads: int, expansion: float, bias: bool = False, norm_bias: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        expansion: float,
+        bias: bool = False,
+        norm_bias: bool = True,
+        eps: float = 1e-5,
+        activation: str = "softmax",
+    ) -> None:
         super().__init__()
-        self.norm1 = NormBody(dim, norm_bias)
-        self.attn = TransposedAttention(dim, heads, bias)
-        self.norm2 = NormBody(dim, norm_bias)
+        self.norm1 = NormBody(dim, norm_bias, eps)
+        self.attn = TransposedAttention(dim, heads, bias, activation)
+        self.norm2 = NormBody(dim, norm_bias, eps)
         self.ffn = GatedFeedForward(dim, expansion, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -325,6 +325,7 @@ ARCHITECTURES = [
         variants=VARIANTS,
         signature=_SIGNATURE,
         computed_buffers=(r"\.num_batches_tracked$",),
+        restore_with_uncertainty=lambda module, image: module.forward_with_uncertainty(image),
         global_statistics="nothing global, but deformable convolutions may read from anywhere: an overlap of 64 pixels "
         "or more between tiles reproduces the whole picture closely",
     )

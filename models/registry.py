@@ -33,6 +33,7 @@ _MODULES = (
     "swinir",
     "restormer",
     "promptir",
+    "transweather",
 )
 
 
@@ -97,6 +98,9 @@ class Architecture:
     """Smallest height and width after padding."""
     restore: Callable[..., torch.Tensor] = _call
     """restore(module, image, **context) -> image, for networks whose forward returns something else as well."""
+    restore_with_uncertainty: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    """restore_with_uncertainty(module, image, **context) -> (image, uncertainty), both as the image, the second
+    positive: for networks that may carry an uncertainty head. Raises ConfigError if this one does not."""
     context: Callable[[nn.Module, torch.Tensor], dict[str, Any]] | None = None
     """What must be decided once on the whole picture (a route, a degradation embedding): keyword arguments for
     `restore`, computed from an image [B, C, H, W] and given to every tile of it. Entries that are tensors with

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-import torch
-
 from comfyui_mend.training.objectives.tur import TaskUncertaintyLoss
 
 

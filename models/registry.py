@@ -28,12 +28,13 @@ _MODULES = (
     "vlu_net",
     "mair",
     "mambair",
+    "transweather",
     "dcpt_classifier",
     "nafnet",
     "swinir",
     "restormer",
     "promptir",
-    "transweather",
+    "mpmf_net",
 )
 
 

@@ -28,6 +28,7 @@ _MODULES = (
     "vlu_net",
     "mair",
     "mambair",
+    "mambairv2",
     "transweather",
     "dcpt_classifier",
     "nafnet",

@@ -31,21 +31,18 @@ def select_blocks(text: str, blocks: int) -> list[int]:
 
 
 def parse_weights(text: str, experts: int) -> torch.Tensor:
-    """Expert weights from text: "2" (one expert), "0:0.7, 3:0.3" (some), "1, 0, 0, 1" (all). [experts], not negative."""
-    parts = [part.strip() for part in text.replace(";", ",").split(",") if part.strip()]
+    """Expert weights [experts] from text: "2" or "0, 3" (equal weights), "0:0.7, 3:0.3" (given ones)."""
     weights = torch.zeros(experts)
-    try:
-        if len(parts) == experts and experts > 1 and not any(":" in p for p in parts):
-            weights = torch.tensor([float(p) for p in parts])
-        else:
-            for part in parts:
-                index, _, weight = part.partition(":")
-                if not 0 <= int(index) < experts:
-                    raise InputError(f"experts: there is no expert {index}; they are numbered 0-{experts - 1}")
-                weights[int(index)] = float(weight or 1)
-    except ValueError:
-        raise InputError(f'experts: cannot read {text!r}; write "2", "0:0.7, 3:0.3" or {experts} weights') from None
-    if not parts or bool((weights < 0).any()) or float(weights.sum()) == 0 or not bool(weights.isfinite().all()):
+    for part in (p.strip() for p in text.replace(";", ",").split(",") if p.strip()):
+        index, _, weight = part.partition(":")
+        try:
+            expert, value = int(index), float(weight or 1)
+        except ValueError:
+            raise InputError(f'experts: cannot read {part!r}; write "2", "0, 3" or "0:0.7, 3:0.3"') from None
+        if not 0 <= expert < experts:
+            raise InputError(f"experts: there is no expert {expert}; they are numbered 0-{experts - 1}")
+        weights[expert] = value
+    if bool((weights < 0).any()) or float(weights.sum()) == 0 or not bool(weights.isfinite().all()):
         raise InputError(f"experts: {text!r} names no expert with a positive weight")
     return weights
 

@@ -179,7 +179,9 @@ def test_tiles_of_one_picture_share_its_route(moce) -> None:
     image, routes = torch.rand(1, 3, 160, 160), []
     module = moce.restorer.module
     original = module.forward
-    module.forward = lambda x, routing_noise=None, routing=None: routes.append(routing) or original(x, routing_noise, routing)
+    module.forward = lambda x, routing_noise=None, routing=None: (
+        routes.append(routing) or original(x, routing_noise, routing)
+    )
     tiling.restore(moce, image, tile=64)
     assert len(routes) > 3 and all(r is not None and torch.equal(r.gates, routes[0].gates) for r in routes)
     assert torch.equal(routes[0].gates, module.route(image).gates)

@@ -110,9 +110,10 @@ class DegradationClassifier(nn.Module):
             zip(self.bottleneck_layers, self.downsample_layers, weights, strict=True)
         ):
             weighted = self._map(features[index], index) * weight
-            if x is not None and x.shape != weighted.shape:
+            expected = (len(weighted), reduce[0].in_channels, *(weighted if x is None else x).shape[2:])
+            if weighted.shape != expected:
                 raise InputError(
-                    f"classifier: feature map {index} is {tuple(weighted.shape)}, expected {tuple(x.shape)}; does this "
+                    f"classifier: feature map {index} is {tuple(weighted.shape)}, expected {expected}; does this "
                     "classifier belong to another network?"
                 )
             x = blocks(weighted if x is None else x + weighted)

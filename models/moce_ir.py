@@ -440,7 +440,21 @@ class MoCEIR(nn.Module):
                 f"routing: made for {routing.gates.shape[0]} decoder blocks and {len(routing)} images, "
                 f"this network has {blocks} and the batch {x.shape[0]}"
             )
-        features = self.encode(x)
+        return self._finish(self.encode(x), x, routing_noise, routing)
+
+    def reconstruct(
+        self, features: list[torch.Tensor], x: torch.Tensor, routing: Routing | None = None
+    ) -> torch.Tensor:
+        """The restored image from the feature maps of `encode` and the image they were made from."""
+        return self._finish(features, x, None, routing)[0]
+
+    def _finish(
+        self,
+        features: list[torch.Tensor],
+        x: torch.Tensor,
+        routing_noise: torch.Tensor | None,
+        routing: Routing | None,
+    ) -> tuple[torch.Tensor, Routing]:
         embedding = self.freq_embed(features[-1]) if routing is None else None
         decide = _Decision(embedding, self.topk, routing_noise, routing)
         restored = self.output(self.refinement(self.decode(features, decide)))

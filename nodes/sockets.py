@@ -5,7 +5,7 @@ from __future__ import annotations
 from .api import io
 
 Restorer = io.Custom("MEND_RESTORER")
-"""A loaded network, as `engine.host.Managed` keeps it."""
+"""A loaded network, as it travels: `engine.loaded.LoadedRestorer`."""
 Routing = io.Custom("MEND_ROUTING")
 """MoCE-IR's choice per decoder block: logits, probabilities, experts."""
 Degradation = io.Custom("MEND_DEGRADATION")

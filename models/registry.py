@@ -36,6 +36,7 @@ _MODULES = (
     "restormer",
     "promptir",
     "mpmf_net",
+    "uformer",
 )
 
 

@@ -70,7 +70,7 @@ class SpatialReductionAttention(nn.Module):
 def _query_of_token(queries: int, tokens: int, device: torch.device) -> torch.Tensor:
     """Which query each token takes, int64 [tokens]: the published nearest-neighbour resize, rounding included."""
     with torch.inference_mode(False):  # a cached inference tensor could not be used in training later
-        index = torch.arange(queries, dtype=torch.float32)[None, None]
+        index = torch.arange(queries, dtype=torch.float32, device="cpu")[None, None]
         return F.interpolate(index, size=tokens, mode="nearest").flatten().long().to(device)
 
 

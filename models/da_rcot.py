@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError, InputError
-from .layers.padding import pad_to_multiple
+from .layers.padding import crop, pad_to_multiple
 from .layers.restormer import Downsample, OverlapPatchEmbed, RestormerBlock, Upsample
 from .layers.state_dict import count_indices, expansion_factor
 from .registry import Architecture, State
 
 STRENGTH = 0.8
 """Weight of the residual's embeddings in the published second pass."""
+_STEPS = (8, 4, 2)
+"""Input pixels to a step of each embedding."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,29 @@ class Residual:
             raise InputError(f"residual: made for {len(self)} images, the batch has {batch}")
         return self._map(lambda t: t.expand(batch, -1, -1, -1))
 
-    def crop(self, top: int, left: int, height: int, width: int) -> Residual:
-        """The part over a tile; `top` and `left` are multiples of 8."""
+    def at(self, top: int, left: int) -> Residual:
+        """What lies to the right of and below a pixel whose coordinates are multiples of 8; `fit` takes the rest off."""
 
-        def cut(t: torch.Tensor, factor: int) -> torch.Tensor:
-            bottom, right = -(-(top + height) // factor), -(-(left + width) // factor)
-            return t[..., top // factor : bottom, left // factor : right]
+        def shift(t: torch.Tensor, factor: int) -> torch.Tensor:
+            return t[..., top // factor :, left // factor :]
 
         if self.embeddings is None:
-            return Residual(cut(self.image, 1))
-        z, g3, g2 = self.embeddings
-        return Residual(cut(self.image, 1), (cut(z, 8), cut(g3, 4), cut(g2, 2)))
+            return Residual(shift(self.image, 1))
+        return Residual(shift(self.image, 1), tuple(shift(t, f) for t, f in zip(self.embeddings, _STEPS, strict=True)))
+
+    def fit(self, height: int, width: int) -> Residual:
+        """The part over a picture of this size, which starts where this residual does. Raises InputError if smaller."""
+        image = crop(self.image, (height, width))
+        if any(size - has >= 8 for size, has in zip((height, width), image.shape[-2:], strict=True)):
+            raise InputError(
+                f"residual: made for {self.image.shape[-1]}x{self.image.shape[-2]} pixels, "
+                f"the picture has {width}x{height}"
+            )
+        if self.embeddings is None:
+            return Residual(image)
+        return Residual(
+            image, tuple(crop(t, (height // f, width // f)) for t, f in zip(self.embeddings, _STEPS, strict=True))
+        )
 
     def _map(self, function: Any) -> Residual:
         embeddings = self.embeddings
@@ -196,7 +210,7 @@ class MRCNet(nn.Module):
             return self.decode(features) + x, residual
         if residual is None:
             residual = Residual(-self.decode(features))
-        residual = residual.expand(x.shape[0])
+        residual = residual.expand(x.shape[0]).fit(*x.shape[-2:])
         if residual.embeddings is None:
             residual = self.encode_residual(residual)
         if residual.embeddings[0].shape != features[-1].shape:
@@ -213,7 +227,7 @@ class MRCNet(nn.Module):
     def encode_residual(self, residual: Residual) -> Residual:
         """The residual with its embeddings; any size, padded to a multiple of 8 as the picture is."""
         padded, _ = pad_to_multiple(residual.image, 8)
-        return Residual(residual.image, self.embed(padded))
+        return Residual(residual.image, self.embed(padded.to(self.patch_embed.proj.weight)))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As published: the restored image and the residual's deepest embedding [B, 8 dim, H/8, W/8]."""

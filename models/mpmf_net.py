@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from einops import rearrange
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError, InputError
+from .layers.padding import crop
 from .layers.state_dict import count_indices
 from .registry import Architecture, State
 
@@ -279,8 +281,9 @@ def _along_channels(
     query: torch.Tensor, key: torch.Tensor, u_value: torch.Tensor, d_value: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both directions use the same matrix, not transposed. Sums over all pixels run in float32."""
-    query, key = query.flatten(2).float(), key.flatten(2).float()
-    weights = (query @ key.mT * scale.float()).softmax(dim=-1).to(u_value.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        query, key = query.flatten(2).float(), key.flatten(2).float()
+        weights = (query @ key.mT * scale.float()).softmax(dim=-1).to(u_value.dtype)
     return tuple((weights @ value.flatten(2)).view_as(value) for value in (d_value, u_value))
 
 
@@ -320,6 +323,35 @@ class PatchUnembed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(x)
+
+
+@dataclass(frozen=True)
+class CoarseImage:
+    """A coarse clean image [B, 3, H/4, W/4] of whole pictures, which follows their tiles."""
+
+    image: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.image.shape[0]
+
+    def __getitem__(self, images: slice) -> CoarseImage:
+        """Those of some pictures of the batch."""
+        return CoarseImage(self.image[images])
+
+    def to(self, *args: Any, **kwargs: Any) -> CoarseImage:
+        """As Tensor.to."""
+        return CoarseImage(self.image.to(*args, **kwargs))
+
+    def at(self, top: int, left: int) -> CoarseImage:
+        """What lies to the right of and below a pixel whose coordinates are multiples of 4."""
+        return CoarseImage(self.image[..., top // 4 :, left // 4 :])
+
+    def over(self, image: torch.Tensor) -> torch.Tensor:
+        """The part over `image` [B, 3, H, W], which starts where this one does; its border repeated if too small."""
+        height, width = image.shape[-2] // 4, image.shape[-1] // 4
+        part = crop(self.image, (height, width))
+        missing = (0, width - part.shape[-1], 0, height - part.shape[-2])
+        return F.pad(part, missing, mode="replicate") if any(missing) else part
 
 
 class MPMFNet(nn.Module):
@@ -473,8 +505,12 @@ def _config_from_state_dict(state: State) -> dict[str, Any]:
     }
 
 
-def _restore(module: MPMFNet, image: torch.Tensor, **context: Any) -> torch.Tensor:
-    return module(image, **context)[0]
+def _restore(
+    module: MPMFNet, image: torch.Tensor, coarse: CoarseImage | torch.Tensor | None = None, blend: float = 1.0
+) -> torch.Tensor:
+    if isinstance(coarse, CoarseImage):
+        coarse = coarse.over(image)
+    return module(image, coarse, blend)[0]
 
 
 ARCHITECTURES = [
@@ -494,6 +530,7 @@ ARCHITECTURES = [
         computed_buffers=(r"\.relative_positions$",),
         multiple_of=lambda config: 4,
         minimum_size=lambda config: 28,
+        bytes_per_pixel=lambda config: 100.0 * config["embed_dims"][0],
         restore=_restore,
         global_statistics="norms, prompts and fusion attention span the whole picture, so tiles differ from it; restore "
         "whole where memory allows, or with a large overlap",

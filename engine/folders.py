@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import InputError, WorkflowError
@@ -33,22 +34,32 @@ def set_folders(
         _Folders.temp = Path(temp).resolve()
 
 
+def own_input_directories() -> list[Path]:
+    """The folders set here, and the one with the pictures of the shipped workflows."""
+    return [*_Folders.inputs, SHIPPED_INPUTS]
+
+
 def input_directories() -> list[Path]:
     """Searched for input pictures, in this order."""
     if inside_comfyui():
         import folder_paths
 
         return [Path(folder_paths.get_input_directory())]
-    return [*_Folders.inputs, SHIPPED_INPUTS]
+    return own_input_directories()
+
+
+def own_output_directory() -> Path:
+    """The folder set here, or "output" in the current one."""
+    return _Folders.output or Path.cwd() / "output"
 
 
 def output_directory() -> Path:
-    """Where results go; "output" in the current folder unless set."""
+    """Where results go."""
     if inside_comfyui():
         import folder_paths
 
         return Path(folder_paths.get_output_directory())
-    return _Folders.output or Path.cwd() / "output"
+    return own_output_directory()
 
 
 def temp_directory() -> Path:
@@ -80,10 +91,17 @@ def input_path(name: str) -> Path | None:
     Names that lead out of the folder are not found.
     """
     marked = re.fullmatch(r"(.*?) ?\[(input|output|temp)\]", name)
-    folders = {"output": [output_directory()], "temp": [temp_directory()]} if marked else {}
-    plain = marked[1] if marked else name
-    for folder in folders.get(marked[2] if marked else "", input_directories()):
-        path = (folder / plain).resolve()
+    if marked and marked[2] != "input":
+        return find_file(marked[1], [output_directory() if marked[2] == "output" else temp_directory()])
+    return find_file(marked[1] if marked else name, input_directories())
+
+
+def find_file(name: str, candidates: Iterable[Path]) -> Path | None:
+    """The first file of this name below one of the folders, or None."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return None
+    for folder in candidates:
+        path = (folder / name).resolve()
         if path.is_relative_to(folder.resolve()) and path.is_file():
             return path
     return None

@@ -37,17 +37,19 @@ class Widget:
 
 def is_widget(kind: Any, options: Mapping[str, Any]) -> bool:
     """True if an input of this type is typed on the node rather than only connected."""
-    shown = options.get("widgetType", "COMBO" if isinstance(kind, list) else kind)
-    return shown in WIDGET_TYPES and not options.get("forceInput")
+    return options.get("widgetType", kind) in WIDGET_TYPES and not options.get("forceInput")
 
 
 def widgets(node_class: type[ComfyNode]) -> list[Widget]:
-    """What `widgets_values` of a node holds, in order."""
+    """What `widgets_values` of a node holds, in order. Takes ComfyUI's older kind of node class as well."""
     found: list[Widget] = []
-    types = node_class.INPUT_TYPES(include_hidden=False)
+    types = node_class.INPUT_TYPES()
     for group in ("required", "optional"):
         upload = False
-        for name, (kind, options) in types.get(group, {}).items():
+        for name, (kind, *more) in types.get(group, {}).items():
+            options = more[0] if more else {}
+            if isinstance(kind, list):
+                kind, options = "COMBO", {"options": kind, **options}
             if not is_widget(kind, options):
                 continue
             found.append(Widget(name, kind, options))
@@ -122,8 +124,7 @@ def to_api(workflow: Mapping[str, Any], classes: NodeClasses) -> Prompt:
                     inputs.pop(slot["name"], None)
             else:
                 inputs[slot["name"]] = source.value if isinstance(source, _Value) else source
-        title = node.get("title") or classes[kind].GET_SCHEMA().display_name or kind
-        prompt[node_id] = {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
+        prompt[node_id] = {"class_type": kind, "inputs": inputs, "_meta": {"title": node.get("title") or kind}}
     for node in prompt.values():  # what comes from a node that is not there
         for name in [n for n, v in node["inputs"].items() if is_link(v) and v[0] not in prompt]:
             del node["inputs"][name]

@@ -37,6 +37,7 @@ _MODULES = (
     "promptir",
     "mpmf_net",
     "uformer",
+    "acl",
 )
 
 

@@ -20,12 +20,14 @@ class ChannelLayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        variance, mean = torch.var_mean(x.float(), dim=1, keepdim=True, correction=0)
-        inverse = torch.rsqrt(variance + self.eps)
+        wide = x.float()
+        centred = wide - wide.mean(dim=1, keepdim=True)
+        # Not var_mean: across channels it is several times slower than two plain means.
+        inverse = torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + self.eps)
         weight = self.weight[:, None, None]
         if self.bias is None:
-            return x * inverse.to(x.dtype) * weight
-        return ((x - mean.to(x.dtype)) * inverse.to(x.dtype)) * weight + self.bias[:, None, None]
+            return (wide * inverse).to(x.dtype) * weight
+        return torch.addcmul(self.bias[:, None, None], (centred * inverse).to(x.dtype), weight)
 
 
 class NormBody(nn.Module):

@@ -81,7 +81,8 @@ class NAFNet(nn.Module):
     """The network. [B, C, H, W] in 0..1, H and W multiples of 2^levels -> same shape, not clamped.
 
     `train_size` (height, width) turns on local pooling: every global mean becomes a mean over 1.5 times that size.
-    On pictures up to 1.5 times `train_size` both give the same result. It may be changed at any time.
+    On pictures up to 1.5 times `train_size` both give the same result. The methods' `local_pooling` overrules it:
+    0 for global means, n for a training size of n x n, None as built.
     """
 
     def __init__(
@@ -117,39 +118,43 @@ class NAFNet(nn.Module):
         for index, blocks in enumerate(dec_blk_nums):
             self.add_module(f"decoder{index}", stage(levels - 1 - index, blocks))
 
-    def window(self, level: int) -> Window:
+    def window(self, level: int, local_pooling: int | None = None) -> Window:
         """Height and width of the local mean `level` halvings below full resolution; None: whole map."""
-        if self.train_size is None:
+        train_size = self.train_size if local_pooling is None else (local_pooling, local_pooling)
+        if not train_size or 0 in train_size:
             return None
-        return tuple((side >> level) * int(1.5 * side) // side for side in self.train_size)
+        return tuple(max(1, (side >> level) * int(1.5 * side) // side) for side in train_size)
 
-    def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def encode(self, x: torch.Tensor, local_pooling: int | None = None) -> list[torch.Tensor]:
         """Feature maps of every level, shallow to deep; the last one is the bottleneck."""
         x, features = self.intro(x), []
         for level, (encoder, down) in enumerate(zip(self.encoders, self.downs, strict=True)):
-            x = encoder(x, self.window(level))
+            x = encoder(x, self.window(level, local_pooling))
             features.append(x)
             x = down(x)
-        return [*features, self.middle_blks(x, self.window(self.levels))]
+        return [*features, self.middle_blks(x, self.window(self.levels, local_pooling))]
 
-    def decode(self, features: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    def decode(self, features: list[torch.Tensor], local_pooling: int | None = None) -> Iterator[torch.Tensor]:
         """Output of every decoder stage in turn, deep to shallow, from the maps of `encode`."""
         *skips, x = features
         for index, (up, skip) in enumerate(zip(self.ups, reversed(skips), strict=True)):
-            x = self.get_submodule(f"decoder{index}")(up(x) + skip, self.window(self.levels - 1 - index))
+            window = self.window(self.levels - 1 - index, local_pooling)
+            x = self.get_submodule(f"decoder{index}")(up(x) + skip, window)
             yield x
 
     def decoder_features(self, x: torch.Tensor) -> list[torch.Tensor]:
         """What a degradation classifier looks at: the decoder stages' maps, highest resolution first."""
         return list(self.decode(self.encode(x)))[::-1]
 
-    def reconstruct(self, features: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def reconstruct(
+        self, features: list[torch.Tensor], x: torch.Tensor, local_pooling: int | None = None
+    ) -> torch.Tensor:
         """The restored image from the maps of `encode` and the image they were made from."""
-        (decoded,) = deque(self.decode(features), maxlen=1)  # the earlier maps are freed on the way
+        (decoded,) = deque(self.decode(features, local_pooling), maxlen=1)  # the earlier maps are freed on the way
         return self.ending(decoded) + x
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.reconstruct(self.encode(x), x)
+    def forward(self, x: torch.Tensor, local_pooling: int | None = None) -> torch.Tensor:
+        return self.reconstruct(self.encode(x, local_pooling), x, local_pooling)
 
 
 _OFFICIAL = {
@@ -223,6 +228,7 @@ ARCHITECTURES = [
         prepare_state_dict=_dcpt_names,
         metadata_keys=("train_size",),
         multiple_of=lambda config: 2 ** len(config["enc_blk_nums"]),
+        bytes_per_pixel=lambda config: 48.0 * config["width"],
         global_statistics="channel attention averages over the whole picture (per tile when tiled), or over windows of "
         "1.5 x 128 pixels with local pooling (train_size)",
     )

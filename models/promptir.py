@@ -243,6 +243,7 @@ ARCHITECTURES = [
         signature=_SIGNATURE,
         prepare_state_dict=_without_dead_layers,
         multiple_of=lambda config: 8,
+        bytes_per_pixel=lambda config: 220.0 * config["dim"],
         context=lambda module, image: {"prompt_weights": module.prompt_weights(image)},
         global_statistics="the mixture of prompts is decided once on the whole picture and shared by all tiles; channel "
         "attention is computed per tile",

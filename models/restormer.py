@@ -213,6 +213,7 @@ ARCHITECTURES = [
         variants={"dcpt-5d": {**_OFFICIAL, "LayerNorm_type": "BiasFree", "edition": "dcpt"}},
         signature=("encoder_level1.body.0.attn.temperature", "reduce_chan_level3.weight"),
         multiple_of=lambda config: 8,
+        bytes_per_pixel=lambda config: 220.0 * config["dim"],
         global_statistics=_GLOBAL,
     ),
     Architecture(
@@ -231,6 +232,7 @@ ARCHITECTURES = [
         },
         signature=("encoder_level1.0.attn.temperature", "reduce_chan_level3.weight", "refinement.0.attn.temperature"),
         multiple_of=lambda config: 8,
+        bytes_per_pixel=lambda config: 220.0 * config["dim"],
         global_statistics=_GLOBAL,
     ),
 ]

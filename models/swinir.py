@@ -247,6 +247,7 @@ ARCHITECTURES = [
         signature=_SIGNATURE,
         metadata_keys=("num_heads", "window_size"),
         multiple_of=lambda config: config["window_size"],
+        bytes_per_pixel=lambda config: 50.0 * config["embed_dim"],
         global_statistics="shifted windows wrap around the border, so every border (of a tile as well) also sees the "
         "opposite one; an overlap of a window or more hides it",
     )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
+
 from comfyui_mend import models
 from comfyui_mend.errors import CheckpointError, ConfigError, InputError
 from comfyui_mend.models import dcpt_classifier
@@ -96,6 +100,32 @@ def test_promptirs_dead_layers_and_prefix_are_dropped():
     assert models.registry.get("promptir").prepare_state_dict(original).keys() == state.keys()
 
 
+@pytest.mark.parametrize("architecture", SMALL)
+def test_a_released_file_loads_out_of_its_wrapper(architecture, tmp_path):
+    module = _filled(architecture, SMALL[architecture])
+    state = {f"module.{k}": v for k, v in module.state_dict().items()}
+    zeros = {k: torch.zeros_like(v) for k, v in state.items()}
+    torch.save({"params": zeros, "params_ema": state}, tmp_path / "net_g_latest.pth")
+    given = {k: v for k, v in SMALL[architecture].items() if k in ("num_heads", "window_size")}
+    restorer = models.load(tmp_path / "net_g_latest.pth", config=given)
+    assert restorer.architecture.id == architecture
+    image = torch.rand(1, 3, 16, 16)
+    torch.testing.assert_close(restorer(image), module(image))
+
+
+def test_a_classifier_with_its_network_loads_with_its_labels(tmp_path):
+    pair = models.create("dcpt", {**PAIR, "net_dc": {**CLASSIFIER, "num_classes": 3}})
+    labels = {"labels": ["clean", "noise", "rain"]}
+    metadata = {"mend.architecture": "dcpt-classified-network", "mend.config": json.dumps(labels)}
+    save_file(pair.state_dict(), tmp_path / "classifier.safetensors", metadata=metadata)
+    restorer = models.load(tmp_path / "classifier.safetensors")
+    assert restorer.architecture.kind == "classifier" and list(restorer.config["labels"]) == labels["labels"]
+    image = torch.rand(1, 3, 16, 16)
+    torch.testing.assert_close(restorer.module(image), pair(image))
+    with pytest.raises(InputError, match="classifier"):
+        restorer(image)
+
+
 def test_a_descendant_of_restormer_is_not_taken_for_it():
     state = _meta("restormer", RESTORMER)
     assert models.registry.get("restormer").detect(state)
@@ -155,10 +185,11 @@ def test_local_pooling_changes_large_pictures_only():
     image = torch.rand(1, 3, 24, 40)
     module = _filled("nafnet", NAFNET)
     plain = module(image)
-    module.train_size = (32, 32)  # windows of 48 pixels hold the whole picture
-    torch.testing.assert_close(module(image), plain)
+    torch.testing.assert_close(module(image, local_pooling=32), plain)  # windows of 48 pixels hold all of it
+    local = module(image, local_pooling=8)
+    assert (local - plain).abs().max() > 1e-4
     module.train_size = (8, 8)
-    assert (module(image) - plain).abs().max() > 1e-4
+    assert torch.equal(module(image), local) and torch.equal(module(image, local_pooling=0), plain)
 
 
 def test_windows_are_put_back_where_they_were():

@@ -1,0 +1,26 @@
+"""`mend bench`: measures networks, kernels, memory and quality."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+BENCHES = {
+    "restorer": ("restorer", "time, throughput and peak memory of networks"),
+    "kernels": ("kernels", "operators against the memory bandwidth"),
+    "quality": ("starter_quality", "the starter weights against classical methods"),
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one bench; returns its exit status."""
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        lines = ["usage: mend bench WHAT ...", ""] + [f"  {n:<9} {purpose}" for n, (_, purpose) in BENCHES.items()]
+        print("\n".join(lines))
+        return 0
+    if name not in BENCHES:
+        print(f"mend bench: there is no {name!r}; one of {', '.join(BENCHES)}", file=sys.stderr)
+        return 2
+    return int(importlib.import_module(f".{BENCHES[name][0]}", __package__).main(arguments[1:]) or 0)

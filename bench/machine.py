@@ -1,0 +1,29 @@
+"""What a figure was measured on, in words: every result names it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+def describe(device: torch.device) -> str:
+    """Device, torch version, threads and date on one line."""
+    if device.type == "cpu":
+        what = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    else:
+        what = torch.get_device_module(device).get_device_name(device)
+    return f"{what}; torch {torch.__version__}; {platform.system()}; {datetime.date.today().isoformat()}"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

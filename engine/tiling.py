@@ -116,12 +116,13 @@ def restore(
     overlap: int = -1,
     precision: str = "auto",
     context: Mapping[str, Any] | None = None,
+    clamp: bool = True,
 ) -> torch.Tensor:
     """Restores [B, C, H, W] (C 1, 3 or 4, values 0..1) to [B, C, scale * H, scale * W] on the intermediate device.
 
     tile: side in pixels, 0 chooses from free memory. overlap: -1 chooses. context: keyword arguments for the network
     (a routing, a degradation); one for the whole batch or one per image. Without it, what a network decides once per
-    picture is decided on the whole picture (reduced if need be) and shared by its tiles.
+    picture is decided on the whole picture (reduced if need be) and shared by its tiles. clamp: to 0..1.
     Raises InputError for a picture that cannot be restored, OutOfMemoryError if the smallest tile does not fit.
     """
     check_image(image)
@@ -143,6 +144,8 @@ def restore(
         result = torch.cat([result.mean(dim=1, keepdim=True), upscale_alpha(image[:, 1:2], result, scale)], dim=1)
     if channels == 4:
         result = torch.cat([result, upscale_alpha(image[:, 3:4], result, scale)], dim=1)
+    if not clamp:
+        return result
     # Values above white are kept where the picture had them.
     return result.clamp_(0.0, None if float(image.max()) > 1.0 else 1.0)
 

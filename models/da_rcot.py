@@ -205,7 +205,20 @@ class MRCNet(nn.Module):
         unless it already is. Each further iteration takes the residual of the result before. strength 0 or
         iterations 0 is the first pass itself, 0.8 and 1 are published. Raises InputError if sizes do not fit.
         """
-        features = self.encode(x)
+        return self._conditioned(self.encode(x), x, residual, strength, iterations)
+
+    def reconstruct(self, features: list[torch.Tensor], x: torch.Tensor, **context: Any) -> torch.Tensor:
+        """From the feature maps of `encode` to the restored image; `context` as for `restore`."""
+        return self._conditioned(features, x, **context)[0]
+
+    def _conditioned(
+        self,
+        features: list[torch.Tensor],
+        x: torch.Tensor,
+        residual: Residual | None = None,
+        strength: float = STRENGTH,
+        iterations: int = 1,
+    ) -> tuple[torch.Tensor, Residual | None]:
         if strength == 0 or iterations < 1:
             return self.decode(features) + x, residual
         if residual is None:
@@ -326,8 +339,6 @@ def _build_potential(config: Mapping[str, Any]) -> Potential:
 
 
 def _map_config(state: State) -> dict[str, Any]:
-    if _SIGNATURE[1] not in state:
-        raise CheckpointError("DA-RCOT: this is the older RCNet (no resdecoder_level3), which is not supported")
     levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
     dim, inp_channels = state["patch_embed.proj.weight"].shape[:2]
     widths = [(dim * 2**i, state[f"{name}.0.ffn.project_out.weight"].shape[1]) for i, name in enumerate(levels)]
@@ -392,6 +403,7 @@ ARCHITECTURES = [
         signature=_SIGNATURE,
         prepare_state_dict=_part("Tnet.", "model."),
         multiple_of=lambda config: 8,
+        bytes_per_pixel=lambda config: 230.0 * config["dim"],
         restore=_restore,
         global_statistics="channel attention looks at the whole picture; in tiles, attention and residual are computed "
         "per tile",

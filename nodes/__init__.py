@@ -7,7 +7,7 @@ import importlib
 from .api import ComfyExtension, io
 
 # The order is the order of the node menu.
-FAMILIES: tuple[str, ...] = ("restore", "routing", "inspect")
+FAMILIES: tuple[str, ...] = ("restore", "routing", "inspect", "vlu", "residual", "weather")
 
 
 def node_classes() -> list[type[io.ComfyNode]]:

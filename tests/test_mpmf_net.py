@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from comfyui_mend import models
 from comfyui_mend.errors import CheckpointError, ConfigError, InputError
 from comfyui_mend.models import mpmf_net
@@ -38,6 +39,13 @@ def test_the_released_network_has_its_published_size() -> None:
     with torch.device("meta"):
         module = models.create("mpmf-net", mpmf_net.VARIANTS["weather"])
     assert sum(p.numel() for p in module.parameters()) == 3_303_308
+
+
+def test_a_file_saved_in_parallel_loads_without_its_computed_tables(network: MPMFNet, tmp_path) -> None:
+    state = {f"module.{k}": v for k, v in network.state_dict().items() if "relative_positions" not in k}
+    torch.save(state, tmp_path / "model_best.pth")
+    loaded, x = models.load(tmp_path / "model_best.pth"), torch.rand(1, 3, 28, 32)
+    assert loaded.architecture.id == "mpmf-net" and torch.allclose(loaded(x), network(x)[0], atol=1e-6)
 
 
 def test_other_convolutions_are_refused_because_nothing_was_released_with_them() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from comfyui_mend import models
 from comfyui_mend.errors import InputError
 from comfyui_mend.models import clip, vlu_net
@@ -63,6 +64,20 @@ def test_the_shared_clip_may_be_listed_once_or_twice(pipeline: vlu_net.VLUNetPip
     assert prepare(once).keys() == both.keys()
     other = {k: v for k, v in both.items() if not k.startswith(text.replace("text", "image"))}
     assert prepare(other).keys() == both.keys()
+
+
+def test_a_lightning_file_loads_with_its_clip_and_without_its_optimiser(pipeline, tmp_path) -> None:
+    path, image = tmp_path / "5task_vlunet.ckpt", torch.rand(1, 3, 16, 24)
+    torch.save({"epoch": 199, "state_dict": pipeline.state_dict(), "optimizer_states": [{"state": {}}]}, path)
+    loaded = models.load(path)
+    assert loaded.architecture.id == "vlu-net-clip"
+    assert torch.allclose(loaded(image), pipeline(image), atol=1e-6)
+
+
+def test_the_network_alone_is_read_from_a_file_without_clip(pipeline, tmp_path) -> None:
+    path = tmp_path / "net.pth"
+    torch.save({"state_dict": {f"net.{k}": v for k, v in pipeline.net.state_dict().items()}}, path)
+    assert models.load(path).architecture.id == "vlu-net"
 
 
 def test_a_file_without_the_text_tower_still_restores(pipeline: vlu_net.VLUNetPipeline) -> None:

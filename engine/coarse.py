@@ -1,0 +1,90 @@
+"""MPMF-Net's coarse clean image: taken out of the network, or put in."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import InputError
+from ..models.layers.padding import pad_to_multiple
+from ..models.mpmf_net import CoarseImage, MPMFNet
+from . import host, tiling
+from .loaded import LoadedRestorer
+
+
+def _network(loaded: LoadedRestorer) -> MPMFNet:
+    if not isinstance(loaded.restorer.module, MPMFNet):
+        raise InputError(
+            f"restorer: {loaded.restorer.architecture.title} has no coarse image; load an MPMF-Net network"
+        )
+    return loaded.restorer.module
+
+
+def predict(loaded: LoadedRestorer, image: torch.Tensor) -> CoarseImage:
+    """The coarse clean image of every picture of [B, C, H, W], from the whole picture; not clamped."""
+    _network(loaded)
+    tiling.check_image(image)
+    restorer, parts = loaded.restorer, []
+    progress = host.progress(len(image))
+    for index in range(len(image)):
+        picture, _ = pad_to_multiple(
+            tiling.as_rgb(image[index : index + 1]), restorer.multiple_of, restorer.minimum_size
+        )
+        # The branch works on a sixteenth of the pixels.
+        with loaded.managed.on_device(tiling.activation_bytes(loaded, picture, torch.float32) // 16) as (
+            module,
+            device,
+        ):
+            parts.append(module.coarse(picture.to(device)).to(host.intermediate_device()))
+        progress.update()
+    return CoarseImage(torch.cat(parts))
+
+
+def from_picture(guide: torch.Tensor, image: torch.Tensor) -> CoarseImage:
+    """A coarse image for [B, C, H, W] from a clean-looking picture [B or 1, C, h, w] of any size."""
+    tiling.check_image(guide, "coarse")
+    if len(guide) not in (1, len(image)):
+        raise InputError(f"coarse: {len(guide)} pictures for {len(image)}; use one, or one per picture")
+    size = [-(-side // 4) for side in image.shape[-2:]]
+    return CoarseImage(F.interpolate(tiling.as_rgb(guide), size=size, mode="bicubic", antialias=True).clamp(0, 1))
+
+
+def blend(own: CoarseImage, guide: CoarseImage | None, amount: float) -> CoarseImage:
+    """`amount` of the guide, the rest the network's own."""
+    if guide is None or amount == 0:
+        return own
+    wanted = F.interpolate(guide.image.to(own.image), size=own.image.shape[-2:], mode="bilinear")
+    return CoarseImage(torch.lerp(own.image, wanted.expand_as(own.image), amount))
+
+
+def restore(
+    loaded: LoadedRestorer,
+    image: torch.Tensor,
+    guide: torch.Tensor | None = None,
+    *,
+    amount: float = 1.0,
+    tile: int = 0,
+    overlap: int = -1,
+    precision: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Restored [B, C, H, W] and the coarse image used, enlarged to the same size.
+
+    The coarse image is decided on the whole picture and shared by tiles. guide [B or 1, C, h, w]: a clean-looking
+    picture of any size to use instead of the network's own, or blended with it by `amount`.
+    """
+    _network(loaded)
+    tiling.check_image(image)
+    if guide is not None and amount >= 1:
+        coarse = from_picture(guide, image)
+    else:
+        coarse = blend(predict(loaded, image), None if guide is None else from_picture(guide, image), amount)
+    restored = tiling.restore(
+        loaded, image, tile=tile, overlap=overlap, precision=precision, context={"coarse": coarse}
+    )
+    return restored, enlarged(coarse, image)
+
+
+def enlarged(coarse: CoarseImage, image: torch.Tensor) -> torch.Tensor:
+    """The coarse image at the size of [B, C, H, W], as the main network is shown it (nearest), clamped."""
+    large = F.interpolate(coarse.image, scale_factor=4, mode="nearest")[..., : image.shape[-2], : image.shape[-1]]
+    return large.expand(len(image), -1, -1, -1).clamp(0, 1)

@@ -1,0 +1,88 @@
+"""Runs in the Python that has ComfyUI's packages: python tests/in_comfyui.py JOB.json RESULT.json
+
+The job is {"workflows": {name: prompt}, "prompts": {name: prompt}, "input": DIR, "output": DIR}: workflows are run,
+prompts only checked. The result says how ComfyUI lists our nodes, what it answered, and what it logged about us.
+Imports the pack from this checkout, so nothing of it need be installed there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def import_pack() -> None:
+    """Makes `import comfyui_mend` find this checkout."""
+    spec = importlib.util.spec_from_file_location(
+        "comfyui_mend", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    sys.modules["comfyui_mend"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["comfyui_mend"])
+
+
+class Warnings(logging.Handler):
+    """Keeps what is logged as a warning or worse."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname}: {record.getMessage()}")
+
+
+def main(job_file: str, result_file: str) -> None:
+    import_pack()
+    from comfyui_mend.engine import folders
+    from comfyui_mend.engine.comfyui import ComfyUI
+
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    folders.set_folders(inputs=[job["input"]], output=job["output"])
+    log = Warnings()
+    logging.getLogger().addHandler(log)
+    answer: dict[str, Any] = {"workflows": {}, "prompts": {}}
+    with ComfyUI.start(device="cpu") as comfyui:
+        answer["load_log"] = list(log.lines)
+        ours = {name: node for name, node in comfyui.classes.items() if name.startswith("Mend")}
+        answer["nodes"] = {name: node.GET_NODE_INFO_V1() for name, node in ours.items()}
+        for name, prompt in job["prompts"].items():
+            execution = comfyui._modules["execution"]
+            valid, error, good, node_errors = asyncio.run(execution.validate_prompt("check", prompt, None))
+            answer["prompts"][name] = {"valid": valid, "error": error, "good": good, "node_errors": node_errors}
+        for name, prompt in job["workflows"].items():
+            log.lines.clear()
+            result = comfyui.run(prompt)
+            shown: dict[str, list[str]] = {}
+            for node_id, entries in result.outputs.items():
+                shown[node_id] = [_keep(comfyui, entry, Path(job["output"])) for entry in entries.get("images", [])]
+            texts = {node_id: list(entries.get("text", [])) for node_id, entries in result.outputs.items()}
+            answer["workflows"][name] = {
+                "complete": result.complete,
+                "problem": result.describe(),
+                "images": shown,
+                "texts": texts,
+                "log": list(log.lines),
+            }
+    Path(result_file).write_text(json.dumps(answer, default=str), encoding="utf-8")
+
+
+def _keep(comfyui: Any, entry: dict[str, str], output: Path) -> str:
+    """The file behind an entry; previews are moved where they outlive the run."""
+    if entry["type"] != "temp":
+        return str(output / entry["subfolder"] / entry["filename"])
+    kept = output / "previews" / entry["filename"]
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    source = comfyui._temp / "temp" / entry["subfolder"] / entry["filename"]
+    source.rename(kept)
+    return str(kept)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -251,30 +252,34 @@ class MRCNet(nn.Module):
 class Potential(nn.Module):
     """The critic F: patches [B, 3, patch, patch] in 0..1 -> scores [B], larger for cleaner ones.
 
-    Works at one patch size only. Keys and the lack of an activation between `fc` and `fc1` are the published ones.
+    Works at one patch size only. Keys and the lack of an activation between `fc` and `fc1` are the published ones, as
+    are 64 channels in the first layer (`width`).
     """
 
-    def __init__(self, *, patch_size: int = 128) -> None:
+    def __init__(self, *, patch_size: int = 128, width: int = 64) -> None:
         super().__init__()
         if patch_size < 32 or patch_size % 32:
             raise ConfigError(f"DA-RCOT potential: patch_size is {patch_size}, must be a multiple of 32")
+        if width < 1:
+            raise ConfigError(f"DA-RCOT potential: width is {width}, must be at least 1")
         self.patch_size = patch_size
-        layers: list[nn.Module] = [nn.Conv2d(3, 64, 5, padding=2), nn.LeakyReLU(0.2)]
-        for index, (inputs, outputs) in enumerate(((64, 64), (64, 128), (128, 128), (128, 256), (256, 256))):
-            layers += [self._convolution(inputs, outputs, halve=index % 2 == 0, bias=True), nn.LeakyReLU(0.2)]
-        for index, (inputs, outputs) in enumerate(((256, 512), (512, 512), (512, 512), (512, 512))):
-            layers += [self._convolution(inputs, outputs, halve=index % 2 == 1, bias=False), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 5, padding=2), nn.LeakyReLU(0.2)]
+        growth = (1, 1, 2, 2, 4, 4, 8, 8, 8, 8)
+        for index, (inputs, outputs) in enumerate(pairwise(growth)):
+            halve, bias = index % 2 == 0, index < 5
+            layers += [
+                nn.Conv2d(
+                    inputs * width, outputs * width, 4 if halve else 3, stride=2 if halve else 1, padding=1, bias=bias
+                ),
+                nn.LeakyReLU(0.2),
+            ]
         self.features = nn.Sequential(*layers)
-        flat = patch_size**2 // 2
+        flat = 8 * width * (patch_size // 32) ** 2
         self.fc = nn.Linear(flat, flat // 4)
         self.fc1 = nn.Linear(flat // 4, 64)
         self.fc2 = nn.Linear(64, 1)
         for layer in self.features[::2]:
             nn.init.normal_(layer.weight, std=0.02)
-
-    @staticmethod
-    def _convolution(inputs: int, outputs: int, halve: bool, bias: bool) -> nn.Conv2d:
-        return nn.Conv2d(inputs, outputs, 4 if halve else 3, stride=2 if halve else 1, padding=1, bias=bias)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         if patches.shape[-2:] != (self.patch_size, self.patch_size):
@@ -335,7 +340,7 @@ def _build_map(config: Mapping[str, Any]) -> MRCNet:
 
 
 def _build_potential(config: Mapping[str, Any]) -> Potential:
-    return Potential(patch_size=config.get("patch_size", 128))
+    return Potential(**{key: config[key] for key in ("patch_size", "width") if key in config})
 
 
 def _map_config(state: State) -> dict[str, Any]:
@@ -357,11 +362,11 @@ def _map_config(state: State) -> dict[str, Any]:
 
 
 def _potential_config(state: State) -> dict[str, Any]:
-    flat = state["fc.weight"].shape[1]
-    patch = math.isqrt(2 * flat)
-    if patch * patch != 2 * flat or patch % 32 or patch > 1024:
+    flat, width = state["fc.weight"].shape[1], state["features.0.weight"].shape[0]
+    patch = 32 * math.isqrt(flat // (8 * width))
+    if 8 * width * (patch // 32) ** 2 != flat or not 32 <= patch <= 1024:
         raise CheckpointError(f"DA-RCOT potential: fc.weight has {flat} inputs, which no patch size gives")
-    return {"kind": "potential", "patch_size": patch}
+    return {"kind": "potential", "patch_size": patch, "width": width}
 
 
 def _part(*prefixes: str) -> Any:

@@ -51,7 +51,7 @@ def test_other_settings_are_read_back_too() -> None:
 
 def test_the_trainers_file_holds_both_networks_and_each_takes_its_own() -> None:
     with torch.device("meta"):
-        transport, critic = models.create("da-rcot", SMALL), models.create("da-rcot", {"patch_size": 32})
+        transport, critic = models.create("da-rcot", SMALL), models.create("da-rcot", {"patch_size": 32, "width": 8})
         state = {f"Tnet.{k}": v for k, v in transport.state_dict().items()}
         state |= {f"Fnet.{k}": v for k, v in critic.state_dict().items()}
     for name, module in (("da-rcot", transport), ("da-rcot-potential", critic)):
@@ -75,7 +75,7 @@ def pickled_by_the_trainer(monkeypatch, **networks: torch.nn.Module) -> dict:
 
 
 def test_a_pickle_of_whole_modules_gives_both_networks_without_running_it(tmp_path, monkeypatch) -> None:
-    transport, critic = models.create("da-rcot", SMALL), models.create("da-rcot", {"patch_size": 32})
+    transport, critic = models.create("da-rcot", SMALL), models.create("da-rcot", {"patch_size": 32, "width": 8})
     x, patch = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         expected, score = transport(x)[0], critic(patch)
@@ -149,7 +149,7 @@ def test_half_precision_stays_close(network: MRCNet) -> None:
 
 
 def test_the_potential_scores_a_picture_of_any_size_patch_by_patch() -> None:
-    critic = Potential(patch_size=32).eval()
+    critic = Potential(patch_size=32, width=8).eval()
     with torch.no_grad():
         assert critic.score_map(torch.rand(2, 3, 70, 33)).shape == (2, 3, 2)
         assert critic.score_map(torch.rand(1, 3, 5, 9)).shape == (1, 1, 1)
@@ -170,7 +170,7 @@ def test_the_corrected_contrastive_term_prefers_grouped_embeddings_and_the_publi
 
 
 def test_a_single_sample_trains() -> None:
-    critic = Potential(patch_size=32)
+    critic = Potential(patch_size=32, width=8)
     x, y = torch.rand(2, 1, 3, 32, 32)
     restored = (x * 0.9).requires_grad_(True)
     loss = rcot.map_loss(critic, x, restored, torch.tensor([4]), y, torch.randn(1, 8, 2, 2))
@@ -179,11 +179,11 @@ def test_a_single_sample_trains() -> None:
 
 
 def test_the_potential_learns_to_prefer_clean_pictures() -> None:
-    critic = Potential(patch_size=32)
-    optimiser = torch.optim.RMSprop(critic.parameters(), lr=1e-4)
+    critic = Potential(patch_size=32, width=8)
+    optimiser = torch.optim.RMSprop(critic.parameters(), lr=1e-3)
     target = torch.rand(2, 3, 1, 1).expand(2, 3, 32, 32).contiguous()
     restored = (target + 0.2 * torch.randn_like(target)).clamp(0, 1)
-    for _ in range(2):
+    for _ in range(10):
         loss = rcot.critic_loss(critic, restored, target)
         loss = loss + rcot.gradient_penalty(critic, restored, target, torch.rand(2, 1, 1, 1))
         optimiser.zero_grad()

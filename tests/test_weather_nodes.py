@@ -136,7 +136,7 @@ def test_nodes_refuse_networks_of_other_methods_by_name(rcot, mpmf, vlunet) -> N
 
 
 def test_the_potential_scores_pictures_of_any_size() -> None:
-    critic = network("da-rcot-potential", {"kind": "potential", "patch_size": 32})
+    critic = network("da-rcot-potential", {"kind": "potential", "patch_size": 32, "width": 8})
     score, heat, text = run(residual.PotentialScore, critic, torch.rand(2, 50, 70, 3))
     assert isinstance(score, float) and heat.shape[0] == 2 and len(text.splitlines()) == 2
 

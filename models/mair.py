@@ -84,8 +84,11 @@ class VisualMambaModule(GatedStateSpace2d):
 
     def merge(self, tokens: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         paths = self.scan(tokens, order, merge=False)
-        gate = self.gating(paths.mean(dim=2).to(tokens.dtype))
-        return torch.einsum("bklc,bkc->blc", paths, gate.to(paths.dtype))
+        gate = self.gating(paths.mean(dim=2).to(tokens.dtype)).to(paths.dtype).unsqueeze(2)
+        mixed = paths[:, 0] * gate[:, 0]
+        for path in range(1, paths.shape[1]):  # an einsum would copy the paths, transposed, first
+            mixed = torch.addcmul(mixed, paths[:, path], gate[:, path])
+        return mixed
 
 
 def _block(dim: int, ssm_ratio: float, mlp_ratio: float, state: int, mlp_key: str, path: int = 0) -> StateSpaceBlock:

@@ -136,7 +136,7 @@ class WindowAttention(nn.Module):
             three=3,
             heads=self.heads,
         )
-        bias = self.relative_position_bias_table[position_index].permute(2, 0, 1)
+        bias = self.relative_position_bias_table.T[:, position_index]  # contiguous: attention would copy it a window
         mixed = self._attend(windows, bias.to(qkv.dtype))
         mixed = rearrange(mixed, "b h w heads (p q) d -> b (h p) (w q) (heads d)", p=self.window)
         if self.shift:
@@ -147,17 +147,22 @@ class WindowAttention(nn.Module):
         """windows [3, B, rows, columns, heads, pixels, d] -> the same without the first axis."""
         if not self.shift:
             return _attention(windows, bias)
-        inside, right, bottom, corner = (bias + mask for mask in _edge_masks(self.window, bias.device).to(bias.dtype))
-        upper = [_attention(windows[:, :, :-1, :-1], inside), _attention(windows[:, :, :-1, -1:], right)]
-        lower = [_attention(windows[:, :, -1:, :-1], bottom), _attention(windows[:, :, -1:, -1:], corner)]
-        return torch.cat([torch.cat(upper, dim=2), torch.cat(lower, dim=2)], dim=1)
+        masks = _edge_masks(self.window, bias.device).to(bias.dtype)
+        mixed = torch.empty_like(windows[0])
+        inner, last = slice(None, -1), slice(-1, None)
+        for mask, (rows, columns) in zip(
+            masks, ((inner, inner), (inner, last), (last, inner), (last, last)), strict=True
+        ):
+            mixed[:, rows, columns] = _attention(windows[:, :, rows, columns], bias + mask)
+        return mixed
 
 
 def _attention(windows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T / sqrt(d) + bias) v for windows [3, B, rows, columns, heads, pixels, d], bias [heads, pixels, pixels]."""
     width = windows.shape[-1]
-    # Fused kernels want rows of whole vectors; the published head widths (29, 33) are none.
-    query, key, value = F.pad(windows, (0, -width % 8)).flatten(1, 3)
+    # Fused kernels want rows of whole 16-byte vectors; the published head widths (29, 33) are none.
+    vector = 16 // windows.element_size()
+    query, key, value = F.pad(windows, (0, -width % vector)).flatten(1, 3)
     mask = bias.expand(len(query), -1, -1, -1)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=width**-0.5)
     return mixed[..., :width].unflatten(0, windows.shape[1:4])
@@ -190,7 +195,8 @@ class AttentiveStateSpace(nn.Module):
         if prepared.classes is not None:
             prepared.classes.append(classes)
         order = classes.argsort(dim=-1, stable=True)
-        tokens = convolve(self.in_proj, x)
+        projection = self.in_proj[0]  # a 1x1 convolution
+        tokens = F.linear(x, projection.weight.flatten(1), projection.bias)
         tokens = tokens * convolve(self.CPE, tokens).sigmoid()
         # The prompt is not sorted with the pixels: step t gets the prompt of raster pixel t, as the released weights
         # were trained. Norm and projection work per pixel, so they may follow the way back to raster order.

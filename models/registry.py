@@ -30,14 +30,14 @@ _MODULES = (
     "mambair",
     "mambairv2",
     "transweather",
+    "uformer",
+    "acl",
     "dcpt_classifier",
     "nafnet",
     "swinir",
     "restormer",
     "promptir",
     "mpmf_net",
-    "uformer",
-    "acl",
 )
 
 

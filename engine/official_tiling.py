@@ -7,42 +7,37 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-_THRESHOLD = 200
+from . import tiling
+from .loaded import LoadedRestorer
+
+THRESHOLD = 200
 
 
 def official_tiles(
-    image: torch.Tensor, restore: Callable[[torch.Tensor], torch.Tensor], scale: int, threshold: int = _THRESHOLD
+    image: torch.Tensor, restore: Callable[[torch.Tensor], torch.Tensor], scale: int, threshold: int = THRESHOLD
 ) -> torch.Tensor:
     """`restore` on tiles of at most about `threshold` pixels, pasted without blending, as the official testers do.
 
     image [B, C, H, W] -> [B, C, scale * H, scale * W]. A side of n pixels is cut into n // threshold + 1 equal tiles,
-    reflected at the end so that they are; each tile also sees a tenth of its length of its neighbours. Use it to
-    repeat published figures: these networks read the whole tile, so their results depend on the cut, and seams show.
+    reflected at the end so that they are; each tile also sees a tenth of its length of its neighbours.
     """
     height, width = image.shape[-2:]
     rows, columns = height // threshold + 1, width // threshold + 1
-    image = F.pad(image, (0, -width % columns, 0, -height % rows), mode="reflect")
     if rows == columns == 1:
         return restore(image)
+    image = F.pad(image, (0, -width % columns, 0, -height % rows), mode="reflect")
     down, right = image.shape[-2] // rows, image.shape[-1] // columns
     result = None
     for row in range(rows):
-        top, bottom, first_row = _span(row, rows, down)
+        top, bottom, inner_top = _span(row, rows, down)
         for column in range(columns):
-            left, end, first_column = _span(column, columns, right)
+            left, end, inner_left = _span(column, columns, right)
             tile = restore(image[..., top:bottom, left:end])
             if result is None:
                 result = tile.new_empty(*tile.shape[:2], image.shape[-2] * scale, image.shape[-1] * scale)
-            core = tile[
-                ...,
-                first_row * scale : (first_row + down) * scale,
-                first_column * scale : (first_column + right) * scale,
-            ]
-            result[
-                ...,
-                row * down * scale : (row + 1) * down * scale,
-                column * right * scale : (column + 1) * right * scale,
-            ] = core
+            core = tile[..., inner_top * scale :, inner_left * scale :][..., : down * scale, : right * scale]
+            place = result[..., row * down * scale :, column * right * scale :]
+            place[..., : down * scale, : right * scale] = core
     return result[..., : height * scale, : width * scale]
 
 
@@ -52,3 +47,16 @@ def _span(index: int, count: int, length: int) -> tuple[int, int, int]:
     start = index * length - (overlap if index > 0 else 0)
     end = (index + 1) * length + (overlap if index < count - 1 else 0)
     return start, end, index * length - start
+
+
+def restore(
+    loaded: LoadedRestorer, image: torch.Tensor, *, precision: str = "auto", threshold: int = THRESHOLD
+) -> torch.Tensor:
+    """As `tiling.restore`, cut and merged the official way: to repeat published figures, seams included."""
+    tiling.check_image(image)
+
+    def whole(tile: torch.Tensor) -> torch.Tensor:
+        return tiling.restore(loaded, tile, tile=max(tile.shape[-2:]), precision=precision, clamp=False)
+
+    restored = official_tiles(image, whole, loaded.restorer.scale, threshold)
+    return restored.clamp(0.0, None if float(image.max()) > 1.0 else 1.0)

@@ -78,10 +78,19 @@ def restore(
         coarse = from_picture(guide, image)
     else:
         coarse = blend(predict(loaded, image), None if guide is None else from_picture(guide, image), amount)
+    if tile == 0 and fits_whole(loaded, image, precision):
+        tile = max(image.shape[-2:])
     restored = tiling.restore(
         loaded, image, tile=tile, overlap=overlap, precision=precision, context={"coarse": coarse}
     )
     return restored, enlarged(coarse, image)
+
+
+def fits_whole(loaded: LoadedRestorer, image: torch.Tensor, precision: str = "auto") -> bool:
+    """Whether a picture of [B, C, H, W] fits into memory in one piece, which this network is better off with."""
+    target = host.device()
+    needed = tiling.activation_bytes(loaded, image[:1], host.working_dtype(precision, target))
+    return needed <= 0.6 * host.free_memory(target)
 
 
 def enlarged(coarse: CoarseImage, image: torch.Tensor) -> torch.Tensor:

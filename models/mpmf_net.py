@@ -69,7 +69,7 @@ class WindowAttention(nn.Module):
     def __init__(self, dim: int, heads: int, window: int) -> None:
         super().__init__()
         self.heads, self.window = heads, window
-        offsets, pairs = _window_offsets(window, torch.get_default_device())
+        offsets, pairs = _window_offsets(window, torch.empty(0).device)
         self.register_buffer("relative_positions", offsets[pairs].view(window**2, window**2, 2))
         self.meta = nn.Sequential(nn.Linear(2, 256), nn.ReLU(), nn.Linear(256, heads))
 

@@ -166,6 +166,15 @@ def test_tiles_share_the_coarse_image_of_the_whole_picture(mpmf) -> None:
     assert torch.equal(whole, tiled) and restored.shape == image.shape and restored.isfinite().all()
 
 
+def test_a_picture_is_kept_whole_while_memory_allows_it(mpmf, monkeypatch) -> None:
+    image, tiles = torch.rand(1, 3, 64, 96), []
+    monkeypatch.setattr(coarse.tiling, "restore", lambda loaded, image, tile, **_: tiles.append(tile) or image)
+    for free in (10**12, 1000):
+        monkeypatch.setattr(coarse.host, "free_memory", lambda target, free=free: free)
+        coarse.restore(mpmf, image)
+    assert tiles == [96, 0]
+
+
 @pytest.mark.parametrize("view", degradations.VIEWS)
 @pytest.mark.parametrize("size", [(20, 300), (64, 64), (1, 1)])
 def test_a_degradation_is_found_in_every_view_of_any_picture(vlunet, view: str, size: tuple[int, int]) -> None:

@@ -134,6 +134,10 @@ class ComfyUI:
         result.complete = result.success and not node_errors and not self._server.blocked
         return result
 
+    def forget(self) -> None:
+        """Drops every result kept."""
+        self._executor.reset()
+
     def _bring_inputs(self, prompt: Prompt) -> None:
         """Copies the pictures that the workflow names from our input folders into the one folder that ComfyUI has."""
         target = self._temp / "input"

@@ -496,7 +496,7 @@ class _Run:
         self, node_id: str, node_class: type[ComfyNode], hidden: dict[Hidden, Any], values: dict[str, Any]
     ) -> list[NodeOutput]:
         """Runs the node once per item of its inputs, or once with the lists if it takes lists."""
-        returned = []
+        returned, ran = [], False
         takes_lists = node_class.INPUT_IS_LIST
         for index, call in enumerate([values] if takes_lists else slice_inputs(values)):
             host.check_interrupt()
@@ -505,13 +505,15 @@ class _Run:
             if blocker is None:
                 GraphBuilder.set_default_prefix(node_id, index)
                 returned.append(await node_class.run(hidden, **call))
+                ran = True
             else:
                 self._report_block(node_id, blocker)
                 returned.append(NodeOutput(*[ExecutionBlocker(None)] * len(node_class.RETURN_TYPES)))
+        if not ran:
+            self.blocked.add(node_id)
         return returned
 
     def _report_block(self, node_id: str, blocker: ExecutionBlocker) -> None:
-        self.blocked.add(node_id)
         if blocker.message is not None:
             self.message(
                 "execution_error",

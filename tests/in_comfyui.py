@@ -56,6 +56,7 @@ def main(job_file: str, result_file: str) -> None:
             execution = comfyui._modules["execution"]
             valid, error, good, node_errors = asyncio.run(execution.validate_prompt("check", prompt, None))
             answer["prompts"][name] = {"valid": valid, "error": error, "good": good, "node_errors": node_errors}
+        answer["cases"] = run_cases(comfyui)
         for name, prompt in job["workflows"].items():
             log.lines.clear()
             result = comfyui.run(prompt)
@@ -71,6 +72,23 @@ def main(job_file: str, result_file: str) -> None:
                 "log": list(log.lines),
             }
     Path(result_file).write_text(json.dumps(answer, default=str), encoding="utf-8")
+
+
+def run_cases(comfyui: Any) -> dict[str, list[dict[str, Any]]]:
+    """What ComfyUI does with the workflows of engine_cases.py."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from comfy_api.latest import io
+    from comfy_execution.graph_utils import GraphBuilder
+    from engine_cases import CASES, Nodes, observe
+
+    nodes, seen = Nodes(io, GraphBuilder), {}
+    comfyui.classes.update(nodes.classes)
+    for name, prompts in CASES.items():
+        comfyui.forget()
+        seen[name] = [observe(nodes, comfyui.run(json.loads(json.dumps(prompt)))) for prompt in prompts]
+    for name in nodes.classes:
+        del comfyui.classes[name]
+    return seen
 
 
 def _keep(comfyui: Any, entry: dict[str, str], output: Path) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from comfyui_mend.__main__ import main
 from comfyui_mend.engine import core_nodes, folders, host
 from comfyui_mend.engine.node_api import GraphBuilder, io, ui
@@ -17,159 +18,28 @@ from comfyui_mend.engine.validation import validate_prompt
 from comfyui_mend.engine.workflow_format import read, to_api
 from comfyui_mend.errors import Cancelled, WorkflowError
 from comfyui_mend.nodes.api import advanced
-from PIL import Image
 
-CALLS: list[str] = []
+from .engine_cases import CASES, Nodes, graph, show
 
-
-def node(node_id, inputs=(), outputs=(), execute=None, methods=None, **schema):
-    """A node class made on the spot; calls are noted in CALLS."""
-
-    def define_schema(cls):
-        made = [i() if callable(i) else i for i in inputs]
-        return io.Schema(
-            node_id=node_id, inputs=made, outputs=[o.Output(f"out{n}") for n, o in enumerate(outputs)], **schema
-        )
-
-    def run(cls, **values):
-        CALLS.append(node_id)
-        return execute(cls, **values)
-
-    members = {"define_schema": define_schema, "execute": run, **(methods or {})}
-    return type(node_id, (io.ComfyNode,), {k: classmethod(v) for k, v in members.items()})
-
-
-NUMBER = lambda: io.Int.Input("number", default=1, min=0, max=10)  # noqa: E731
-VALUE = lambda: io.AnyType.Input("value")  # noqa: E731
-
-
-def expand_to_double(cls, value):
-    graph = GraphBuilder()
-    once = graph.node("Add", a=value, b=value)
-    graph.node("Show", value=once.out(0))
-    return io.NodeOutput(once.out(0), expand=graph.finalize())
-
-
-NODES = [
-    node("Number", [NUMBER], [io.Int], lambda cls, number: io.NodeOutput(number)),
-    node("Add", [lambda: io.Int.Input("a"), lambda: io.Int.Input("b")], [io.Int], lambda cls, a, b: io.NodeOutput(a + b)),
-    node("Show", [VALUE], [], lambda cls, value: io.NodeOutput(ui={"value": [value]}), is_output_node=True),
-    node("Fail", [VALUE], [io.Int], lambda cls, value: 1 // 0),
-    node("Picture", [], [io.Image], lambda cls: io.NodeOutput(torch.zeros(1, 4, 4, 3))),
-    node("Choice", [lambda: io.Combo.Input("mode", options=["a", "b"])], [io.String], lambda cls, mode: io.NodeOutput(mode)),
-    node("Double", [VALUE], [io.Int], expand_to_double, enable_expand=True),
-    node("Block", [VALUE], [io.Int], lambda cls, value: io.NodeOutput(None, block_execution="not today")),
-    node("Modes", [VALUE], [io.String], lambda cls, value: io.NodeOutput(str(torch.is_inference_mode_enabled()))),
-    node("Sum", [VALUE], [io.Int], lambda cls, value: io.NodeOutput(sum(value)), is_input_list=True),
-    node("Whoami", [], [io.String], lambda cls: io.NodeOutput(cls.hidden.unique_id), hidden=[io.Hidden.unique_id]),
-]  # fmt: skip
-
-
-class Several(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(node_id="Several", outputs=[io.Int.Output("items", is_output_list=True)])
-
-    @classmethod
-    def execute(cls):
-        return io.NodeOutput([1, 2, 3])
-
-
-class Switch(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        first, second = io.Int.Input("first", lazy=True), io.Int.Input("second", lazy=True)
-        return io.Schema(
-            node_id="Switch", inputs=[io.Boolean.Input("use_first"), first, second], outputs=[io.Int.Output("o")]
-        )
-
-    @classmethod
-    def check_lazy_status(cls, use_first, first=None, second=None):
-        wanted, value = ("first", first) if use_first else ("second", second)
-        return [wanted] if value is None else []
-
-    @classmethod
-    def execute(cls, use_first, first=None, second=None):
-        return io.NodeOutput(first if use_first else second)
-
-
-class Watched(io.ComfyNode):
-    """Runs again when `state` changes."""
-
-    state: ClassVar[list] = [0]
-
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(node_id="Watched", inputs=[io.Int.Input("number")], outputs=[io.Int.Output("o")])
-
-    @classmethod
-    def fingerprint_inputs(cls, number):
-        return cls.state[0]
-
-    @classmethod
-    def execute(cls, number):
-        CALLS.append("Watched")
-        return io.NodeOutput(number)
-
-
-class Careful(io.ComfyNode):
-    """Checks `number` itself."""
-
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(node_id="Careful", inputs=[NUMBER()], outputs=[], is_output_node=True)
-
-    @classmethod
-    def validate_inputs(cls, number):
-        return True if number != 13 else "thirteen is bad luck"
-
-    @classmethod
-    def execute(cls, number):
-        return io.NodeOutput(ui={"number": [number]})
-
-
-class Stateful(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(node_id="Stateful", inputs=[], outputs=[], is_output_node=True)
-
-    @classmethod
-    def execute(cls):
-        cls.state = 1
-
-
-class Slow(io.ComfyNode):
-    """Works in ten steps, asynchronously."""
-
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(node_id="Slow", inputs=[], outputs=[], is_output_node=True)
-
-    @classmethod
-    async def execute(cls):
-        bar = host.progress(10)
-        for _ in range(10):
-            bar.update()
-        return io.NodeOutput(ui={"done": [True]})
-
-
-CLASSES = {n.GET_SCHEMA().node_id: n for n in [*NODES, Several, Switch, Watched, Careful, Stateful, Slow]}
+NODES = Nodes(io, GraphBuilder)
+CLASSES, CALLS = NODES.classes, NODES.calls
 CORE = {n.GET_SCHEMA().node_id: n for n in core_nodes.NODES}
 
 
-def graph(**nodes):
-    """graph(n1=("Number", {"number": 3}), ...) as a prompt; ids lose their leading "n"."""
-    return {key[1:]: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in nodes.items()}
+async def work_in_ten_steps(cls):
+    bar = host.progress(10)
+    for _ in range(10):
+        bar.update()
+    return io.NodeOutput(ui={"done": [True]})
 
 
-def show(kind, inputs):
-    return graph(n1=(kind, inputs), n2=("Show", {"value": ["1", 0]}))
+NODES.add("Slow", execute=None, methods={"execute": work_in_ten_steps}, is_output_node=True)
 
 
 @pytest.fixture(autouse=True)
 def no_calls():
     CALLS.clear()
-    Watched.state[0] = 0
+    NODES.fingerprint[:] = [0]
 
 
 @pytest.fixture
@@ -280,17 +150,9 @@ def test_a_second_run_repeats_nothing_and_shows_the_same(run):
 
 
 def test_a_changed_value_runs_again_what_lies_below_it_and_nothing_else(run):
-    def prompt(n):
-        return graph(
-            n1=("Number", {"number": 1}),
-            n2=("Number", {"number": n}),
-            n3=("Add", {"a": ["1", 0], "b": ["2", 0]}),
-            n4=("Show", {"value": ["3", 0]}),
-            n5=("Show", {"value": ["1", 0]}),
-        )
-
-    run(prompt(2))
-    result = run(prompt(3))
+    before, after, _ = CASES["a changed value"]
+    run(before)
+    result = run(after)
     assert sorted(result.executed) == ["2", "3", "4"] and result.outputs["4"] == {"value": [4]}
 
 
@@ -312,7 +174,7 @@ def test_results_are_dropped_when_their_node_has_left_the_workflow():
 @pytest.mark.parametrize(("states", "runs"), [((0, 0), 1), ((0, 1), 2), ((math.nan, math.nan), 2)])
 def test_a_fingerprint_decides_whether_a_node_runs_again(run, states, runs):
     for state in states:
-        Watched.state[0] = state
+        NODES.fingerprint[0] = state
         run(show("Watched", {"number": 1}))
     assert CALLS.count("Watched") == runs
 
@@ -320,12 +182,9 @@ def test_a_fingerprint_decides_whether_a_node_runs_again(run, states, runs):
 def test_a_fingerprint_that_fails_makes_the_node_run_every_time(run, caplog):
     prompt = show("Watched", {"number": 1, "extra": 2})
     assert run(prompt).complete and CALLS.count("Watched") == 1
-    Watched.state[:] = []
-    try:
-        run(prompt), run(prompt)
-        assert CALLS.count("Watched") == 3 and "runs every time" in caplog.text
-    finally:
-        Watched.state[:] = [0]
+    NODES.fingerprint.clear()
+    run(prompt), run(prompt)
+    assert CALLS.count("Watched") == 3 and "runs every time" in caplog.text
 
 
 # Lists, lazy inputs, expansion, blocking -----------------------------------------------------------------------------
@@ -362,9 +221,7 @@ def test_an_expansion_takes_the_place_of_its_node_and_its_outputs_show(run):
 
 
 def test_expanding_without_having_said_so_is_an_error(run):
-    rogue = node("Rogue", [], [io.Int], lambda cls: io.NodeOutput(1, expand={}))
-    result = Runner({**CLASSES, "Rogue": rogue}).run(show("Rogue", {}))
-    assert "is not expandable" in result.describe()
+    assert "is not expandable" in run(show("Rogue", {})).describe()
 
 
 def test_a_blocked_branch_does_not_run_and_says_why_while_others_do(run):
@@ -402,8 +259,7 @@ def test_state_on_the_class_is_refused_because_it_would_be_lost(run):
 
 
 def test_returning_a_dict_is_an_error_as_in_comfyui(run):
-    wrong = node("Wrong", [], [io.Int], lambda cls: {"result": (1,)})
-    assert isinstance(Runner({**CLASSES, "Wrong": wrong}).run(show("Wrong", {})).exception, TypeError)
+    assert isinstance(run(show("Wrong", {})).exception, TypeError)
 
 
 def test_progress_reaches_the_caller_with_the_node_that_works():
@@ -424,7 +280,7 @@ def test_an_interrupt_stops_inside_a_node_and_the_next_run_works():
 
 def test_hidden_values_are_given_to_nodes_that_asked(run):
     seen = {}
-    ask = node(
+    ask = Nodes(io, GraphBuilder).add(
         "Ask",
         execute=lambda cls: seen.update(
             prompt=cls.hidden.prompt, extra=cls.hidden.extra_pnginfo, id=cls.hidden.unique_id
@@ -455,7 +311,9 @@ def test_keywords_that_comfyui_does_not_know_are_refused():
 def test_a_multi_type_input_keeps_the_widget_it_was_given():
     slot = io.MultiType.Input(io.Float.Input("x", default=2.0), types=[io.Int, io.Image])
     assert slot.get_io_type() == "FLOAT,INT,IMAGE" and slot.as_dict()["default"] == 2.0
-    picture = node("Pic", [lambda: io.MultiType.Input("value", types=[io.Image, io.Mask])], [], is_output_node=True)
+    picture = Nodes(io, GraphBuilder).add(
+        "Pic", lambda: [io.MultiType.Input("value", types=[io.Image, io.Mask])], is_output_node=True
+    )
     prompt = graph(n1=("Number", {"number": 1}), n2=("Pic", {"value": ["1", 0]}))
     assert not validate_prompt(prompt, {**CLASSES, "Pic": picture})[0]
     prompt["1"] = {"class_type": "Picture", "inputs": {}}
@@ -564,7 +422,7 @@ def inputs_of(workflow, classes=None):
 
 
 def test_widget_values_are_read_in_order_and_seeds_and_uploads_have_one_more(places):
-    seeded = node("Seeded", [lambda: io.Int.Input("seed"), lambda: io.String.Input("text")], [io.Int])
+    seeded = Nodes(io, GraphBuilder).add("Seeded", lambda: [io.Int.Input("seed"), io.String.Input("text")])
     workflow = page([], [])
     workflow["nodes"] = [
         {"id": 1, "type": "Seeded", "widgets_values": [5, "randomize", "hello"]},

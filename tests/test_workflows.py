@@ -14,11 +14,13 @@ from PIL import Image
 
 from comfyui_mend.engine import folders, host
 from comfyui_mend.engine.comfyui import find_comfyui
+from comfyui_mend.engine.node_api import GraphBuilder, io
 from comfyui_mend.engine.runner import Runner
 from comfyui_mend.engine.validation import validate_prompt
 from comfyui_mend.engine.workflow_format import DRAWN_ONLY, read, to_api, widgets
 
 from .comfyui_page import find_python
+from .engine_cases import CASES, Nodes, observe
 from .make_workflow import WORKFLOWS, classes, overlaps, plain
 
 TESTS = Path(__file__).resolve().parent
@@ -260,6 +262,15 @@ def test_both_engines_refuse_a_bad_prompt_in_the_same_words(name, comfyui):
         assert entry["dependent_outputs"] == theirs["node_errors"][node_id]["dependent_outputs"]
         ours_words = sorted(str(words(e)) for e in entry["errors"])
         assert ours_words == sorted(str(words(e)) for e in theirs["node_errors"][node_id]["errors"])
+
+
+@pytest.mark.comfyui
+@pytest.mark.parametrize("name", CASES)
+def test_both_engines_run_a_workflow_in_the_same_way(name, comfyui):
+    nodes = Nodes(io, GraphBuilder)
+    runner = Runner(nodes.classes)
+    ours = [observe(nodes, runner.run(prompt)) for prompt in CASES[name]]
+    assert json.loads(json.dumps(ours)) == comfyui["cases"][name]
 
 
 @pytest.mark.comfyui

@@ -7,7 +7,17 @@ import importlib
 from .api import ComfyExtension, io
 
 # The order is the order of the node menu.
-FAMILIES: tuple[str, ...] = ("restore", "routing", "inspect", "vlu", "residual", "weather")
+FAMILIES: tuple[str, ...] = (
+    "restore",
+    "routing",
+    "inspect",
+    "vlu",
+    "residual",
+    "weather",
+    "classify",
+    "features",
+    "local_pooling",
+)
 
 
 def node_classes() -> list[type[io.ComfyNode]]:

@@ -12,6 +12,8 @@ Degradation = io.Custom("MEND_DEGRADATION")
 """What is wrong with the picture: class probabilities and/or a method's embedding."""
 Residual = io.Custom("MEND_RESIDUAL")
 """DA-RCOT's first-pass residual and its embeddings."""
+Features = io.Custom("MEND_FEATURES")
+"""Feature maps of an encoder-decoder network."""
 Operator = io.Custom("MEND_OPERATOR")
 """A linear degradation A."""
 Measurement = io.Custom("MEND_MEASUREMENT")

@@ -152,9 +152,11 @@ def _detect(state: State, first_block: str) -> bool:
 
 
 def _build(config: Mapping[str, Any], edition: str) -> Restormer:
-    settings = {name: value for name, value in config.items() if name != "bias"}
-    if config.get("bias", False):
-        raise ConfigError("Restormer: its convolutions have no bias")
+    if config.get("dual_pixel_task", False) or config.get("scale", 1) != 1:
+        raise ConfigError("Restormer: only restoration of one picture at its own size is built here")
+    if config.get("bias", False) and edition == "original":
+        raise ConfigError("Restormer: no released file has convolutions with bias")
+    settings = {name: value for name, value in config.items() if name not in ("bias", "dual_pixel_task", "scale")}
     try:
         return Restormer(**{"edition": edition, **settings})
     except TypeError as error:

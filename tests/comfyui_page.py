@@ -29,6 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from comfyui_mend.engine.comfyui import find_comfyui
+from comfyui_mend.engine.workflow_format import to_api
+
+try:
+    from .make_workflow import classes
+except ImportError:  # run as a script
+    from make_workflow import classes
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM_FLAGS = (
@@ -156,6 +162,23 @@ def differences(sent: dict[str, Any], twin: dict[str, Any]) -> list[str]:
     return found
 
 
+def fresh_nodes(page: Any) -> list[str]:
+    """Places every node that both engines know on an empty page: the page must send what our conversion makes of it."""
+    known = classes()
+    page.evaluate("() => app.graph.clear()")
+    made = page.evaluate(
+        """types => { for (const [i, type] of types.entries()) {
+            const node = LiteGraph.createNode(type); if (!node) continue;
+            node.pos = [(i % 10) * 500, Math.floor(i / 10) * 700]; app.graph.add(node); }
+            return JSON.stringify(app.graph.serialize()) }""",
+        sorted(known),
+    )
+    sent = page.evaluate("async () => (await app.graphToPrompt()).output")
+    ui = json.loads(made)
+    absent = set(known) - {node["type"] for node in ui["nodes"]}
+    return [f"the page has no node {name}" for name in sorted(absent)] + differences(sent, to_api(ui, known))
+
+
 def open_workflow(page: Any, ui: dict[str, Any], name: str) -> dict[str, Any]:
     """Loads a workflow; what the page shows of it: its nodes with their boxes, and its alerts."""
     page.evaluate("async ([ui, name]) => { await app.loadGraphData(ui, true, true, name) }", [ui, name])
@@ -223,6 +246,9 @@ def main() -> int:
     folder, wrong = Path(args.workflows), 0
     paths = [folder / f"{name}.json" for name in args.names] or sorted(folder.glob("*.json"))
     with server(folder / "inputs") as running, browser_page(running) as page:
+        problems = fresh_nodes(page)
+        print(f"every node by itself: {'ok' if not problems else ''}", *problems, sep="\n  " if problems else "")
+        wrong += bool(problems)
         for path in paths:
             problems = inspect(page, running, path, Path(args.out), not args.no_run, args.rewrite, args.timeout)
             print(f"{path.stem}: {'ok' if not problems else ''}", *problems, sep="\n  " if problems else "")

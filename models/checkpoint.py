@@ -310,6 +310,8 @@ class _WithoutRandomFill(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is torch.Tensor.normal_:  # trunc_normal_ draws until all values lie within bounds: zeros do at once
+            return args[0].zero_()
         if func in self._FILLS:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))

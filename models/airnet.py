@@ -34,17 +34,18 @@ def modulated_deformable_convolution(
 
     x [B, C, H, W], weight [D, C, k, k], offset [B, 2 k k, H, W] in pixels (vertical, horizontal; taps row by row),
     mask [B, k k, H, W] -> [B, D, H, W]. Pixels outside the picture count as zero. Works in strips of rows, so that the
-    k k sampled copies of `x` never exist at once; positions and sampling are float32 whatever the dtype of `x`.
+    k k sampled copies of `x` never exist at once; positions and sampling have at least float32.
     """
     batch, channels, height, width = x.shape
     kernel = weight.shape[-1]
     taps = kernel * kernel
-    positions = _sampling_positions(offset, kernel)
+    precise = torch.promote_types(x.dtype, torch.float32)
+    positions = _sampling_positions(offset.to(precise), kernel)
     limit = _STRIP_BYTES.get(x.device.type, _STRIP_BYTES_ACCELERATOR)
     rows = max(1, limit // (batch * channels * taps * width * 4))
     # PyTorch's CPU sampler runs batch entries in parallel, nothing else: channel groups pose as batch entries.
     groups = 4 if x.device.type == "cpu" and channels % 4 == 0 else 1
-    source = rearrange(x.float(), "b (g c) h w -> (b g) c h w", g=groups)
+    source = rearrange(x.to(precise), "b (g c) h w -> (b g) c h w", g=groups)
     linear, strips = weight.flatten(1), []
     for positions_strip, mask_strip in zip(positions.split(rows, dim=2), mask.split(rows, dim=2), strict=True):
         grid = positions_strip.flatten(1, 2)
@@ -58,10 +59,10 @@ def modulated_deformable_convolution(
 
 
 def _sampling_positions(offset: torch.Tensor, kernel: int) -> torch.Tensor:
-    """Where every tap reads, in grid_sample's coordinates: [B, k k, H, W, 2] (horizontal, vertical), float32."""
+    """Where every tap reads, in grid_sample's coordinates: [B, k k, H, W, 2] (horizontal, vertical)."""
     height, width = offset.shape[-2:]
     device = offset.device
-    dy, dx = rearrange(offset.float(), "b (t d) h w -> d b t h w", d=2)
+    dy, dx = rearrange(offset, "b (t d) h w -> d b t h w", d=2)
     tap = torch.arange(kernel * kernel, device=device)[:, None, None]
     # + 0.5: grid_sample measures from the picture's edge, pixel centres lie half a pixel inside.
     y = dy + (torch.arange(height, device=device)[:, None] + tap // kernel - kernel // 2 + 0.5)
@@ -324,7 +325,8 @@ ARCHITECTURES = [
         tasks=("denoise", "derain", "dehaze"),
         variants=VARIANTS,
         signature=_SIGNATURE,
-        computed_buffers=(r"\.num_batches_tracked$",),
+        # The contrastive training's part: files without it, or with an incomplete one, restore just as well.
+        computed_buffers=(r"^E\.E\.(queue|encoder_k\.|encoder_q\.(E|mlp)\.)", r"\.num_batches_tracked$"),
         restore_with_uncertainty=lambda module, image: module.forward_with_uncertainty(image),
         global_statistics="nothing global, but deformable convolutions may read from anywhere: an overlap of 64 pixels "
         "or more between tiles reproduces the whole picture closely",

@@ -426,6 +426,7 @@ ARCHITECTURES = [
         tasks=("derain", "dehaze", "desnow", "denoise", "deblur", "low-light"),
         variants=VARIANTS,
         signature=_SIGNATURE,
+        computed_buffers=(r"^Tenc\.mini_patch_embed4\.", r"^convtail\.conv_output\."),  # there or not: never called
         metadata_keys=("input_range", "enc", "dec"),
         multiple_of=lambda config: 16,
         minimum_size=lambda config: 48,

@@ -1,0 +1,183 @@
+"""Training pairs: random crops of photographs, augmented, and damaged in one of many ways.
+
+The photographs are decoded once into memory (8 bit). Everything random comes from one CPU generator, so that a run can
+be resumed exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ..errors import InputError
+from .degradations import Degradation
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def load_photos(folder: Path, limit: int | None = None) -> list[torch.Tensor]:
+    """All pictures of a folder as uint8 [3, H, W], in order of their names. Raises InputError if there is none."""
+    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES)[:limit]
+    if not paths:
+        raise InputError(f"{folder}: no pictures here ({', '.join(SUFFIXES)})")
+    return [torch.from_numpy(np.array(Image.open(p).convert("RGB"))).permute(2, 0, 1).contiguous() for p in paths]
+
+
+def _uniform(generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+class PhotoCrops:
+    """Random augmented crops of photographs.
+
+    Larger photographs are drawn more often (square root of their area). Augmentation: scale 0.5..1, the eight
+    symmetries of the square, exposure, contrast and white balance, exchanged channels.
+    """
+
+    def __init__(self, photos: Sequence[torch.Tensor]) -> None:
+        self.photos = photos
+        self.weights = torch.tensor([math.sqrt(p.shape[1] * p.shape[2]) for p in photos])
+
+    def sample(self, size: int, generator: torch.Generator) -> torch.Tensor:
+        """One crop [3, size, size], float in 0..1."""
+        photo = self.photos[int(torch.multinomial(self.weights, 1, generator=generator))]
+        shortest = min(photo.shape[1:])
+        scale = _uniform(generator, 0.5, 1.0) if _uniform(generator) < 0.5 else 1.0
+        side = min(shortest, math.ceil(size / scale))
+        top, left = (int(_uniform(generator) * (extent - side + 1)) for extent in photo.shape[1:])
+        crop = photo[:, top : top + side, left : left + side].float() / 255
+        if side != size:
+            crop = F.interpolate(crop[None], (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
+        crop = torch.rot90(crop, int(_uniform(generator) * 4), (1, 2))
+        if _uniform(generator) < 0.5:
+            crop = crop.flip(2)
+        if _uniform(generator) < 0.4:
+            crop = self._recolour(crop, generator)
+        return crop.contiguous()
+
+    @staticmethod
+    def _recolour(crop: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        gamma = math.exp(_uniform(generator, -0.25, 0.25))
+        gain = torch.tensor([_uniform(generator, 0.9, 1.1) for _ in range(3)]) * _uniform(generator, 0.85, 1.1)
+        crop = (crop.clamp_min(1e-4) ** gamma * gain[:, None, None]).clamp(0, 1)
+        if _uniform(generator) < 0.3:
+            crop = crop[torch.randperm(3, generator=generator)]
+        return crop
+
+
+@dataclass(frozen=True)
+class Task:
+    """One way to damage a crop, and how often it is drawn. Several chains: one of them is drawn."""
+
+    name: str
+    weight: float
+    chains: tuple[tuple[Degradation, ...], ...]
+
+
+def _single(name: str, weight: float, kind: str, strength: float = 1.0) -> Task:
+    return Task(name, weight, ((Degradation(kind, strength),),))
+
+
+def _mixture(*kinds: str, strength: float = 0.7) -> tuple[Degradation, ...]:
+    return tuple(Degradation(kind, strength) for kind in kinds)
+
+
+STARTER_TASKS = (
+    _single("noise", 0.17, "noise"),
+    _single("channel-noise", 0.02, "channel-noise"),
+    _single("poisson", 0.02, "poisson"),
+    _single("blur", 0.07, "blur"),
+    _single("motion-blur", 0.09, "motion-blur"),
+    _single("defocus", 0.02, "defocus"),
+    _single("downsample", 0.02, "downsample"),
+    _single("rain", 0.11, "rain"),
+    _single("raindrops", 0.015, "raindrops"),
+    _single("snow", 0.09, "snow"),
+    _single("haze", 0.11, "haze"),
+    _single("low-light", 0.11, "low-light"),
+    _single("jpeg", 0.06, "jpeg"),
+    Task("clean", 0.03, ((),)),
+    Task(
+        "mixture",
+        0.14,
+        (
+            _mixture("haze", "noise"),
+            _mixture("haze", "rain"),
+            _mixture("haze", "snow"),
+            _mixture("rain", "noise"),
+            _mixture("low-light", "noise"),
+            _mixture("low-light", "rain"),
+            _mixture("low-light", "haze"),
+            _mixture("haze", "low-light"),
+            _mixture("rain", "low-light"),
+            _mixture("snow", "low-light"),
+            _mixture("blur", "noise"),
+            _mixture("motion-blur", "noise"),
+            _mixture("noise", "jpeg"),
+            _mixture("blur", "jpeg"),
+            _mixture("rain", "jpeg"),
+            _mixture("snow", "noise"),
+            _mixture("low-light", "jpeg"),
+            _mixture("low-light", "blur"),
+        ),
+    ),
+)
+
+VALIDATION: Mapping[str, tuple[Degradation, ...]] = {
+    "clean": (),
+    "noise 15": (Degradation("noise", 1, {"sigma": 15.0}),),
+    "noise 25": (Degradation("noise", 1, {"sigma": 25.0}),),
+    "noise 50": (Degradation("noise", 1, {"sigma": 50.0}),),
+    "haze": (Degradation("haze"),),
+    "rain": (Degradation("rain"),),
+    "snow": (Degradation("snow"),),
+    "low light": (Degradation("low-light"),),
+    "JPEG 10": (Degradation("jpeg", 1, {"quality": 10}),),
+    "blur 1.6": (Degradation("blur", 1, {"sigma": 1.6}),),
+    "motion 15": (Degradation("motion-blur", 1, {"length": 15.0}),),
+    "haze + noise 25": (Degradation("haze"), Degradation("noise", 1, {"sigma": 25.0})),
+    "low light + rain": (Degradation("rain"), Degradation("low-light")),
+}
+
+
+class PairStream:
+    """Endless batches of (damaged, clean) pairs, each [B, 3, size, size]; the damaged one as a picture file holds it.
+
+    Most damaged crops are clipped to 0..1, half of all rounded to 8 bit, as pictures arrive in practice; a few keep
+    their values outside.
+    """
+
+    def __init__(self, crops: PhotoCrops, tasks: Sequence[Task], generator: torch.Generator) -> None:
+        self.crops, self.tasks, self.generator = crops, tasks, generator
+        self.weights = torch.tensor([t.weight for t in tasks])
+
+    def batch(self, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        """The damaged and the clean batch, and the task of every pair."""
+        g, damaged, clean = self.generator, [], []
+        picks = torch.multinomial(self.weights, count, replacement=True, generator=g).tolist()
+        for pick in picks:
+            task = self.tasks[pick]
+            chain = task.chains[int(_uniform(g) * len(task.chains))]
+            crop = self.crops.sample(size, g)
+            image = crop[None]
+            for step in chain:
+                if step.kind == "haze":
+                    # A crop sees a part of the scene's depth; the fewer pixels, the smaller the part.
+                    zoom = min(1.0, _uniform(g, 0.1, 1.0) * size / 128)
+                    step = Degradation("haze", step.strength, {"zoom": zoom})
+                image, _ = step(image, g)
+            draw = _uniform(g)
+            if draw < 0.85:
+                image = image.clamp(0, 1)
+            if draw < 0.5:
+                image = (image * 255).round() / 255
+            damaged.append(image[0])
+            clean.append(crop)
+        return torch.stack(damaged), torch.stack(clean), [self.tasks[p].name for p in picks]

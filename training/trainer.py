@@ -1,0 +1,350 @@
+"""The training loop: AdamW, warm-up and cosine, EMA, clipping, validation, and stopping and going on at any moment."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from .. import models
+from ..errors import Cancelled, CheckpointError, ConfigError
+from ..models.layers.padding import crop, pad_to_multiple
+from .data import VALIDATION, PairStream
+from .degradations import degrade
+from .objectives.restoration import Restoration
+
+logger = logging.getLogger(__name__)
+
+
+class Objective(Protocol):
+    """A training method: module, damaged and clean [B, 3, H, W], generator -> loss and its parts."""
+
+    def __call__(
+        self, module: nn.Module, damaged: torch.Tensor, clean: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a batch looks like from a share of the training (0..1) on: `batch` crops of `size` x `size` pixels.
+
+    One batch in four has half as many crops of 1.5 times the size, for damage that only shows on a larger picture.
+    """
+
+    start: float
+    size: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run goes. It ends after `minutes` of training (its own, pauses not counted) or `steps`, whichever is set."""
+
+    minutes: float | None = None
+    steps: int | None = None
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-6
+    warmup_steps: int = 150
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    ema_decay: float = 0.999
+    stages: tuple[Stage, ...] = (
+        Stage(0.0, 64, 4),
+        Stage(0.2, 96, 4),
+        Stage(0.55, 128, 4),
+        Stage(0.85, 192, 2),
+    )
+    seed: int = 0
+    autocast: bool = False
+    channels_last: bool = True
+    save_every: float = 120.0
+    """Seconds between two checkpoints."""
+    validate_every: float = 900.0
+    """Seconds between two validations; 0: only at the end."""
+    validation_size: int = 192
+    workers: int = 1
+    """Threads that each take a part of the batch. On a busy machine two workers with one PyTorch thread each are much
+    faster than two PyTorch threads, which wait for each other at every operation."""
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.steps is None):
+            raise ConfigError("training: set either minutes or steps")
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `seconds` is time spent training."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = -math.inf
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+def psnr(image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of every image [B, C, H, W] (0..1): [B]."""
+    error = (image - target).square().mean(dim=(1, 2, 3))
+    return -10 * error.clamp_min(1e-10).log10()
+
+
+def validation_set(
+    photos: Sequence[torch.Tensor], size: int, cases: Mapping[str, Sequence[Any]] = VALIDATION
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Per case the damaged and the clean central crops [N, 3, size, size]; always the same."""
+
+    def centre(photo: torch.Tensor) -> torch.Tensor:
+        top, left = ((extent - size) // 2 for extent in photo.shape[1:])
+        return photo[None, :, top : top + size, left : left + size].float() / 255
+
+    clean = [centre(p) for p in photos if min(p.shape[1:]) >= size]
+    return {
+        name: (torch.cat([degrade(c, chain, 1000 + i)[0] for i, c in enumerate(clean)]), torch.cat(clean))
+        for name, chain in cases.items()
+    }
+
+
+@torch.inference_mode()
+def validate(
+    module: nn.Module, cases: Mapping[str, tuple[torch.Tensor, torch.Tensor]], multiple: int = 8
+) -> dict[str, float]:
+    """Mean PSNR in dB of every case, images one by one."""
+    scores = {}
+    for name, (damaged, clean) in cases.items():
+        values = []
+        for image, target in zip(damaged.split(1), clean.split(1), strict=True):
+            padded, size = pad_to_multiple(image, multiple)
+            values.append(psnr(crop(module(padded), size).clamp(0, 1), target))
+        scores[name] = float(torch.cat(values).mean())
+    return scores
+
+
+class Trainer:
+    """One run: `module` learns from `pairs` by `objective`; everything it needs to go on lies in `folder`.
+
+    `folder` gets log.jsonl (a line every 20 steps and at each validation), last.pt (to go on from) and, when the run
+    ends or is cancelled, the averaged weights through `export`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        pairs: PairStream,
+        settings: Settings,
+        folder: Path,
+        objective: Objective | None = None,
+        validation: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> None:
+        if settings.channels_last:
+            module = module.to(memory_format=torch.channels_last)
+        self.module, self.pairs, self.settings, self.folder = module.train(), pairs, settings, folder
+        self.objective = objective or Restoration()
+        self.validation = validation or {}
+        self.average = deepcopy(module).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            module.parameters(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            foreach=True,
+        )
+        self.generator = torch.Generator().manual_seed(settings.seed + 1)
+        self.progress = Progress()
+        self.pool = ThreadPoolExecutor(settings.workers)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def share(self) -> float:
+        """How much of the run is done, 0..1."""
+        if self.settings.steps is not None:
+            return min(1.0, self.progress.step / self.settings.steps)
+        return min(1.0, self.progress.seconds / (60 * self.settings.minutes))
+
+    def learning_rate(self) -> float:
+        """Linear warm-up over steps, then half a cosine over the share of the run."""
+        s = self.settings
+        top, low = s.learning_rate, s.final_learning_rate
+        rate = low + (top - low) * 0.5 * (1 + math.cos(math.pi * self.share))
+        return rate * min(1.0, (self.progress.step + 1) / s.warmup_steps)
+
+    def stage(self) -> tuple[int, int]:
+        """Batch and crop size of the next step."""
+        current = [s for s in self.settings.stages if s.start <= self.share][-1]
+        if float(torch.rand((), generator=self.generator)) < 0.25 and current.batch >= 2:
+            return current.batch // 2, (current.size * 3 // 2) // 8 * 8
+        return current.batch, current.size
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step; returns loss and parts."""
+        batch, size = self.stage()
+        damaged, clean, _ = self.pairs.batch(batch, size)
+        if self.settings.channels_last:
+            damaged = damaged.contiguous(memory_format=torch.channels_last)
+        rate = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, parts = self._backward(damaged, clean)
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip)
+        if bool(torch.isfinite(norm)):  # one broken batch must not cost the run
+            self.optimizer.step()
+        self.progress.step += 1
+        self._update_average()
+        return {"loss": loss, "norm": float(norm), "lr": rate, **parts}
+
+    def _backward(self, damaged: torch.Tensor, clean: torch.Tensor) -> tuple[float, dict[str, float]]:
+        """Gradients of the mean over the batch, shared out among the workers; returns loss and parts."""
+        count = len(damaged)
+        shares = list(
+            zip(damaged.tensor_split(self.settings.workers), clean.tensor_split(self.settings.workers), strict=True)
+        )
+        shares = [(d, c) for d, c in shares if len(d)]
+        seeds = torch.randint(2**31, (len(shares),), generator=self.generator).tolist()
+        parameters = list(self.module.parameters())
+
+        def work(share: tuple[torch.Tensor, torch.Tensor], seed: int) -> tuple[float, dict[str, float], Any]:
+            part = len(share[0]) / count
+            generator = torch.Generator().manual_seed(seed)
+            with torch.autocast(damaged.device.type, torch.bfloat16, enabled=self.settings.autocast):
+                loss, parts = self.objective(self.module, *share, generator)
+            gradients = torch.autograd.grad(loss * part, parameters, allow_unused=True)
+            return float(loss.detach()) * part, {k: float(v) * part for k, v in parts.items()}, gradients
+
+        results = list(self.pool.map(work, shares, seeds)) if len(shares) > 1 else [work(shares[0], seeds[0])]
+        for index, parameter in enumerate(parameters):
+            found = [gradients[index] for _, _, gradients in results if gradients[index] is not None]
+            parameter.grad = sum(found[1:], found[0]) if found else None
+        loss = sum(loss for loss, _, _ in results)
+        return loss, {name: sum(parts[name] for _, parts, _ in results) for name in results[0][1]}
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        step = self.progress.step
+        decay = min(self.settings.ema_decay, (1 + step) / (10 + step))
+        averaged, current = list(self.average.parameters()), list(self.module.parameters())
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    def run(self, should_stop: Callable[[], bool] = lambda: False, bar: bool = True) -> dict[str, float]:
+        """Trains to the end and returns the validation scores of the averaged weights.
+
+        Stops after the current step, with everything saved, when `should_stop` says so: raises Cancelled.
+        """
+        saved = validated = time.monotonic()
+        sums: dict[str, float] = {}
+        with tqdm(total=1000, initial=int(1000 * self.share), disable=not bar, unit="‰", mininterval=5) as line:
+            while self.share < 1:
+                begun = time.monotonic()
+                values = self.step()
+                now = time.monotonic()
+                self.progress.seconds += now - begun
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0.0) + value / 20
+                if self.progress.step % 20 == 0:
+                    self._log({k: round(v, 6) for k, v in sums.items()})
+                    line.set_postfix(loss=f"{sums['loss']:.4f}", step=self.progress.step, refresh=False)
+                    sums = {}
+                line.update(int(1000 * self.share) - line.n)
+                if should_stop():
+                    self.save()
+                    raise Cancelled(f"training stopped after {self.progress.step} steps; run it again to go on")
+                if now - saved > self.settings.save_every:
+                    self.save()
+                    saved = now
+                if self.settings.validate_every and now - validated > self.settings.validate_every:
+                    self.score()
+                    validated = time.monotonic()
+        self.score()
+        self.save()
+        return self.progress.scores
+
+    def score(self) -> dict[str, float]:
+        """Validates the averaged weights, and logs the scores."""
+        if self.validation:
+            scores = validate(self.average, self.validation)
+            self.progress.scores = scores
+            self.progress.best = max(self.progress.best, sum(scores.values()) / len(scores))
+            self._log({"validation": {k: round(v, 3) for k, v in scores.items()}})
+        return self.progress.scores
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        line = {"step": self.progress.step, "minutes": round(self.progress.seconds / 60, 2), **entry}
+        with (self.folder / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+    def save(self) -> None:
+        """Writes last.pt, whole or not at all."""
+        state = {
+            "module": self.module.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": asdict(self.progress),
+            "generators": [self.generator.get_state(), self.pairs.generator.get_state()],
+        }
+        torch.save(state, self.folder / "last.pt.part")
+        os.replace(self.folder / "last.pt.part", self.folder / "last.pt")
+
+    def resume(self) -> bool:
+        """Goes on from last.pt if there is one. Raises CheckpointError if it belongs to another network."""
+        path = self.folder / "last.pt"
+        if not path.exists():
+            return False
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            self.module.load_state_dict(state["module"])
+            self.average.load_state_dict(state["average"])
+        except RuntimeError as error:
+            raise CheckpointError(f"{path}: belongs to another network; choose another folder. {error}") from None
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        self.generator.set_state(state["generators"][0])
+        self.pairs.generator.set_state(state["generators"][1])
+        logger.info("going on at step %d", self.progress.step)
+        return True
+
+
+def export(
+    module: nn.Module,
+    path: Path,
+    system: str,
+    config: Mapping[str, Any],
+    tasks: Sequence[str] = (),
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the weights in half precision as safetensors, with what is needed to build the network and to trust it."""
+    state = {
+        name: (value.half() if value.is_floating_point() else value).contiguous().clone()
+        for name, value in module.state_dict().items()
+    }
+    metadata = {
+        "format": "pt",
+        "mend.architecture": system,
+        "mend.config": json.dumps(dict(config)),
+        "mend.tasks": ",".join(tasks),
+        "mend.training": json.dumps(dict(training or {})),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path, metadata)
+
+
+def read_export(path: Path) -> nn.Module:
+    """The network of an exported file, in float32, ready to use; for other files use `models.load`."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    module = models.create(metadata["mend.architecture"], json.loads(metadata["mend.config"]))
+    module.load_state_dict(state)
+    return module.float().eval()

@@ -1,14 +1,126 @@
-"""The state-space kernels for NVIDIA GPUs, compiled through NVRTC."""
+"""The state-space operators on NVIDIA GPUs: `scan.cu`, compiled at first use through NVRTC."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from .. import jit
+from ..jit import KernelError
+from .chunked import STATE_INTERVAL, backward
 
-class KernelError(RuntimeError):
-    """The kernels could not be compiled or run on this machine."""
+__all__ = ["KernelError", "backward", "forward", "state_space_2d", "why_not"]
+
+SOURCE = Path(__file__).with_name("scan.cu")
+_SCALARS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_STATE_BYTES = 64 << 20
+"""Memory for the states between chunks; more chunks run more threads side by side."""
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str:
     """Why these kernels cannot compute `dtype` on `device`; "" if they can."""
-    return "not part of this version yet"
+    if dtype not in _SCALARS:
+        return f"computes float32, float16 and bfloat16, not {dtype}"
+    return jit.why_not(device)
+
+
+def options(states: int, rank: int, width: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """Compiler options for N states, a dt projection of `rank`, `width` channels a group and a type."""
+    threads = 64 if -(-width // 64) * 64 <= -(-width // 32) * 32 else 32
+    return (f"-DN_STATES={states}", f"-DRANK={rank}", f"-DTHREADS={threads}", f"-DSCALAR={_SCALARS[dtype]}")
+
+
+def _threads(flags: tuple[str, ...]) -> int:
+    return int(flags[2].rsplit("=", 1)[1])
+
+
+def _chunk(length: int, channels: int, states: int) -> int:
+    """Steps of a chunk: STATE_INTERVAL, doubled until the states between chunks fit into _STATE_BYTES."""
+    chunk = STATE_INTERVAL
+    while -(-length // chunk) * channels * states * 4 > _STATE_BYTES and chunk < length:
+        chunk *= 2
+    return chunk
+
+
+def _ready(t: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+    return None if t is None else t.detach().to(dtype).contiguous()
+
+
+def forward(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    keep_states: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `chunked.forward`."""
+    batch, dim, length = u.shape
+    groups, n = B.shape[1:3]
+    flags = options(n, 1, dim // groups, u.dtype)
+    threads = _threads(flags)
+    u, delta, B, C = (_ready(t, u.dtype) for t in (u, delta, B, C))
+    A, D, bias = (_ready(t) for t in (A, D, delta_bias))
+    chunk = STATE_INTERVAL if keep_states else _chunk(length, batch * dim, n)
+    chunks = -(-length // chunk)
+    y, last = torch.empty_like(u), torch.empty(batch, dim, n, device=u.device)
+    states, sums = torch.empty(batch, chunks, dim, n, device=u.device), torch.empty(batch, chunks, dim, device=u.device)
+    grid = (chunks, groups * -(-(dim // groups) // threads), batch)
+    sizes = (groups, dim // groups, length, chunk, int(delta_softplus))
+    with torch.cuda.device(u.device):
+        module = jit.load(SOURCE, u.device, flags)
+        scan = module.kernel("scan")
+        if chunks > 1:
+            scan(grid, threads, u, delta, A, B, C, None, bias, None, states, sums, None, *sizes)
+            module.kernel("carry")((-(-dim * n // 256), batch, 1), 256, states, sums, A, dim, chunks)
+        else:
+            states.zero_()
+        scan(grid, threads, u, delta, A, B, C, D, bias, y, states, None, last, *sizes)
+    return y, last, states if keep_states else states.new_empty(batch, 0, dim, n)
+
+
+def state_space_2d(
+    x: torch.Tensor,
+    projected: torch.Tensor,
+    order: torch.Tensor,
+    dt_weight: torch.Tensor,
+    dt_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor,
+    prompt: torch.Tensor | None,
+    merge: bool,
+) -> torch.Tensor:
+    """As `chunked.state_space_2d`."""
+    batch, length, width = x.shape
+    paths, rank, n = dt_weight.shape[0], dt_weight.shape[2], A.shape[2]
+    flags = options(n, rank, width, x.dtype)
+    threads = _threads(flags)
+    x, projected = (_ready(t, x.dtype) for t in (x, projected))
+    order = order.to(torch.int32).contiguous()
+    parameters = [_ready(t) for t in (dt_weight, dt_bias, A, D, prompt)]
+    chunk = _chunk(length, batch * paths * width, n)
+    chunks = -(-length // chunk)
+    slots = 1 if merge else paths
+    y = torch.empty(batch, slots, length, width, device=x.device)
+    states = torch.empty(batch, chunks, paths * width, n, device=x.device)
+    sums = torch.empty(batch, chunks, paths * width, device=x.device)
+    tiles = -(-width // threads)
+    inputs = (x, projected, order, *parameters)
+    y_path = 0 if merge else length * width
+    with torch.cuda.device(x.device):
+        module = jit.load(SOURCE, x.device, flags)
+        step = module.kernel("state_space")
+        if chunks > 1:
+            sizes = (paths, width, length, chunk, 0, 0, 0, 0)
+            step((chunks, tiles, batch * paths), threads, *inputs, None, states, sums, *sizes)
+            carry = module.kernel("carry")
+            carry((-(-paths * width * n // 256), batch, 1), 256, states, sums, parameters[2], paths * width, chunks)
+        start = states if chunks > 1 else None
+        for path in range(paths):
+            sizes = (paths, width, length, chunk, path, int(merge and path > 0), slots * length * width, y_path)
+            step((chunks, tiles, batch), threads, *inputs, y, start, None, *sizes)
+    return y[:, 0] if merge else y

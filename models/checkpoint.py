@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import mmap
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError, ConfigError
-from . import registry
+from . import catalogue, registry
 from .file_kinds import describe, describe_weights
 from .registry import Architecture
 from .restorer import Restorer
@@ -33,8 +34,20 @@ logger = logging.getLogger(__name__)
 
 _KINDS = ("restorer", "codec", "prior", "embedder", "classifier", "critic", "helper")
 _MARK = "mend."
+# What code that reads names and shapes raises when they make no sense.
+_NONSENSE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    MemoryError,
+)
 _HARMLESS = re.compile(r"(^|\.)(total_ops|total_params|num_batches_tracked)$")
 _LISTED = 6
+_CALLS_PER_TENSOR = 30
 
 
 @dataclass
@@ -97,7 +110,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _missing(path: Path) -> str:
-    return f"there is no such file in {path.parent}"
+    return f"there is no such file in {path.parent}. {catalogue.where_to_get(path)}".strip()
 
 
 def load(
@@ -129,9 +142,10 @@ def _load(checkpoint: Checkpoint, path: Path | None, system: str | None, config:
     found = recognise(checkpoint, system, config)
     architecture, state = found.architecture, found.state
     settings = configuration(architecture, state, checkpoint.metadata, config)
-    _check_fit(architecture, settings, state)
+    size = sum(t.numel() * t.element_size() for t in state.values())
+    module = build_empty(architecture, settings, tensors=len(state), size=size)
+    _check_fit(architecture, module, state)
     found.weights.verify()
-    module = build_empty(architecture, settings)
     module.load_state_dict(state, strict=False)
     module.eval().requires_grad_(False)
     notes = [*checkpoint.notes, *found.notes]
@@ -139,7 +153,14 @@ def _load(checkpoint: Checkpoint, path: Path | None, system: str | None, config:
     if broken:
         notes.append(f"{_some(broken)} hold NaN or infinity: the file is damaged or its training failed")
         logger.warning("%s: %s", checkpoint.source or "state dict", notes[-1])
-    return Restorer(architecture, settings, module, checkpoint.source, notes, dict(checkpoint.metadata))
+    metadata = dict(checkpoint.metadata)
+    released = catalogue.find(path) if path is not None else None
+    if released is not None and released[0].id == architecture.system:
+        notes.append(
+            f"named like the released file {released[1].id}" + (f" ({released[1].note})" * bool(released[1].note))
+        )
+        metadata.setdefault("tasks", ",".join(released[1].tasks))
+    return Restorer(architecture, settings, module, checkpoint.source, notes, metadata)
 
 
 @dataclass
@@ -193,18 +214,18 @@ def _match(
     for view, prefix, left in views(state, anywhere):
         for architecture in candidates:
             prepared = _prepare(architecture, view)
-            if prepared is not None and architecture.detect(prepared):
+            if prepared is not None:
                 return architecture, prepared, prefix, left
     return None
 
 
 def _prepare(architecture: Architecture, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-    """The state under the architecture's present names; None if it cannot be this architecture's."""
-    if architecture.prepare_state_dict is None:
-        return state
+    """The state under the architecture's present names; None if it is not this architecture's."""
     try:
-        return architecture.prepare_state_dict(dict(state))
-    except (KeyError, IndexError, ValueError, RuntimeError, CheckpointError):
+        if architecture.prepare_state_dict is not None:
+            state = architecture.prepare_state_dict(dict(state))
+        return state if architecture.detect(state) else None
+    except (*_NONSENSE, CheckpointError):
         return None
 
 
@@ -237,10 +258,10 @@ def configuration(
 ) -> dict[str, Any]:
     """Every hyper-parameter: from names and shapes, then the metadata where shapes do not tell, then `overrides`."""
     try:
-        found = architecture.config_from_state_dict(state)
+        found = dict(architecture.config_from_state_dict(state))
     except KeyError as error:
         raise CheckpointError(f"looks like {architecture.title}, but this entry is missing: {error.args[0]}") from None
-    except (IndexError, ValueError, TypeError, ZeroDivisionError, RuntimeError, ConfigError) as error:
+    except (*_NONSENSE, ConfigError) as error:
         raise CheckpointError(f"looks like {architecture.title}, but its shapes make no sense ({error})") from None
     try:
         stored = json.loads(metadata.get("config", "{}"))
@@ -251,9 +272,9 @@ def configuration(
     return found | dict(overrides)
 
 
-def _check_fit(architecture: Architecture, config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
-    """Compares names and shapes with an empty network of this configuration, before memory is spent on it."""
-    wanted = manifest(architecture, config)
+def _check_fit(architecture: Architecture, module: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Compares names and shapes with the network's; drops entries that it computes itself. Raises CheckpointError."""
+    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     computed = [re.compile(p) for p in architecture.computed_buffers]
 
     def is_computed(key: str) -> bool:
@@ -277,50 +298,63 @@ def _check_fit(architecture: Architecture, config: Mapping[str, Any], state: Map
         raise CheckpointError(f"looks like {architecture.title}, but {'; '.join(problems)}")
 
 
-def manifest(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a network's state dict, without memory for its weights. Raises CheckpointError."""
+def build_empty(
+    architecture: Architecture, config: Mapping[str, Any], tensors: int = 10_000, size: int = 1 << 34
+) -> nn.Module:
+    """A network whose random initialisation was skipped; tables that it computes are right. Global RNG untouched.
+
+    tensors, size: how many tensors and bytes of weights there are for it; a network far beyond them is refused before
+    its memory is asked for. Raises CheckpointError.
+    """
     try:
-        with torch.device("meta"):
-            module = architecture.build(config)
-    except (
-        ConfigError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        ArithmeticError,
-        IndexError,
-        KeyError,
-        AssertionError,
-    ) as e:
-        raise CheckpointError(f"looks like {architecture.title}, but no network has such shapes ({e})") from None
-    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        with (
+            torch.random.fork_rng(devices=[]),
+            _Construction(_CALLS_PER_TENSOR * (tensors + 100), 8 * size + (64 << 20)),
+        ):
+            return architecture.build(config)
+    except (*_NONSENSE, ConfigError) as error:
+        raise CheckpointError(f"looks like {architecture.title}, but no network has such shapes ({error})") from None
 
 
-class _WithoutRandomFill(TorchFunctionMode):
-    """Leaves tensors as they are where an initialiser would fill them with random numbers."""
+class _Construction(TorchFunctionMode):
+    """While a network is built: zeros instead of random numbers, and an end when it is far larger than its weights.
+
+    Zeros and not what memory holds: initialisers that draw until all values are within bounds must come to an end.
+
+    calls: how many torch functions it may call; memory: how many bytes it may ask for.
+    """
 
     _FILLS = frozenset(
-        [getattr(torch.Tensor, n) for n in ("uniform_", "normal_", "erfinv_")]
-        + [
-            getattr(nn.init, n)
-            for n in ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_")
-        ]
+        [getattr(torch.Tensor, n) for n in ("uniform_", "normal_")]
+        + [getattr(nn.init, n) for n in ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_")]
     )
+    _RANDOM = frozenset((torch.rand, torch.randn))
+    _SIZED = frozenset((torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn))
+
+    def __init__(self, calls: int, memory: int) -> None:
+        super().__init__()
+        self.calls, self.memory = calls, memory
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.Tensor.normal_:  # trunc_normal_ draws until all values lie within bounds: zeros do at once
-            return args[0].zero_()
+        kwargs = dict(kwargs or {})
         if func in self._FILLS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def build_empty(architecture: Architecture, config: Mapping[str, Any]) -> nn.Module:
-    """A network whose random initialisation was skipped; tables that it computes are right. Global RNG untouched."""
-    with torch.random.fork_rng(devices=[]), _WithoutRandomFill():
-        return architecture.build(config)
+            return (args[0] if args else kwargs["tensor"]).detach().zero_()
+        if func in self._SIZED:
+            shape = kwargs.get("size") or (args[0] if args and isinstance(args[0], Sequence) else args)
+            self.memory -= 4 * math.prod(shape)
+        elif func is torch.full:
+            self.memory -= 4 * math.prod(args[0] if args else kwargs["size"])
+        elif func in (torch.arange, torch.linspace, torch.eye):
+            self.memory -= 8 * int(max([abs(a) for a in args if isinstance(a, (int, float))], default=0))
+        self.calls -= 1
+        if self.calls < 0 or self.memory < 0:
+            raise RuntimeError("it would be far larger than the weights in the file")
+        if func in self._RANDOM:
+            func = torch.zeros
+            kwargs.pop("generator", None)
+        return func(*args, **kwargs)
 
 
 def _unknown(checkpoint: Checkpoint, candidates: list[Architecture], system: str | None) -> str:

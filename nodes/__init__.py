@@ -17,6 +17,7 @@ FAMILIES: tuple[str, ...] = (
     "classify",
     "features",
     "local_pooling",
+    "state_space",
 )
 
 

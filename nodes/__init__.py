@@ -15,6 +15,7 @@ FAMILIES: tuple[str, ...] = (
     "residual",
     "weather",
     "classify",
+    "degrade",
     "features",
     "local_pooling",
     "state_space",

@@ -487,3 +487,24 @@ def describe(done: Sequence[tuple[str, Parameters]]) -> str:
 
     lines = [f"{kind}: " + ", ".join(f"{k} {show(v)}" for k, v in parameters.items()) for kind, parameters in done]
     return "\n".join(lines) or "nothing"
+
+
+def parse(text: str) -> list[Degradation]:
+    """The inverse of `describe`: a chain from lines like "noise: sigma 25" or just "rain"; what a line does not say is
+    drawn. Raises InputError for what cannot be read.
+    """
+    chain = []
+    for line in filter(None, (line.strip() for line in text.splitlines())):
+        kind, _, rest = line.partition(":")
+        parameters: Parameters = {}
+        for item in filter(None, (item.strip() for item in rest.split(","))):
+            name, *values = item.replace("=", " ").split()
+            try:
+                numbers = [int(v) if v.lstrip("-").isdigit() else float(v) for v in values]
+            except ValueError:
+                raise InputError(f"degradation: cannot read {item!r} in {line!r}; write NAME NUMBER") from None
+            if not numbers:
+                raise InputError(f"degradation: {name!r} in {line!r} has no value")
+            parameters[name] = numbers[0] if len(numbers) == 1 else numbers
+        chain.append(Degradation(kind.strip(), 1.0, parameters))
+    return chain

@@ -1,0 +1,177 @@
+"""Training: the loss falls, a run can stop anywhere, and what it writes loads again."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from comfyui_mend import models
+from comfyui_mend.errors import Cancelled, CheckpointError, ConfigError
+from comfyui_mend.training import cli, data, photos, trainer
+from comfyui_mend.training.accelerate import accelerate
+from comfyui_mend.training.degradations import Degradation
+from comfyui_mend.training.objectives.restoration import Restoration, charbonnier
+
+TINY = {
+    **cli.STARTER_CONFIG,
+    "dim": 8,
+    "num_blocks": [1, 1],
+    "num_dec_blocks": [1],
+    "heads": [1, 2],
+    "num_refinement_blocks": 0,
+}
+STAGES = (trainer.Stage(0.0, 32, 2),)
+
+
+def pictures(count: int = 3, size: int = 64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    coarse = torch.rand(count, 3, 6, 6, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
+    return list((smooth * 255).byte())
+
+
+def run(folder, steps=6, **settings) -> trainer.Trainer:
+    torch.manual_seed(0)
+    tasks = (data.Task("noise", 1.0, ((Degradation("noise"),),)),)
+    pairs = data.PairStream(data.PhotoCrops(pictures()), tasks, torch.Generator().manual_seed(1))
+    chosen = trainer.Settings(steps=steps, stages=STAGES, warmup_steps=2, validate_every=0, **settings)
+    validation = trainer.validation_set(pictures(2), 32, {"noise": (Degradation("noise"),)})
+    return trainer.Trainer(accelerate(models.create("moce-ir", TINY)), pairs, chosen, folder, validation=validation)
+
+
+def test_the_loss_falls(tmp_path):
+    one = run(tmp_path, steps=30, learning_rate=4e-3, ema_decay=0.9)
+    first = trainer.validate(one.average, one.validation)["noise"]
+    assert one.run(bar=False)["noise"] > first + 1
+
+
+def test_resuming_changes_nothing(tmp_path):
+    whole = run(tmp_path / "a", workers=2)
+    whole.run(bar=False)
+    stopped = run(tmp_path / "b", workers=2)
+    with pytest.raises(Cancelled):
+        stopped.run(should_stop=lambda: stopped.progress.step == 3, bar=False)
+    resumed = run(tmp_path / "b", workers=2)
+    assert resumed.resume() and resumed.progress.step == 3
+    resumed.run(bar=False)
+    for a, b in zip(whole.module.parameters(), resumed.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(whole.average.parameters(), resumed.average.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_workers_give_the_gradients_of_one(tmp_path):
+    class Plain:
+        def __call__(self, module, damaged, clean, generator):
+            return charbonnier(module(damaged), clean), {}
+
+    gradients = []
+    for workers in (1, 2):
+        one = run(tmp_path / str(workers), workers=workers)
+        one.objective = Plain()
+        damaged, clean, _ = one.pairs.batch(4, 32)
+        one._backward(damaged, clean)
+        gradients.append([p.grad for p in one.module.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_the_average_follows_the_weights_slowly(tmp_path):
+    one = run(tmp_path, learning_rate=1e-2)
+    start = copy.deepcopy(one.average.state_dict())
+    one.run(bar=False)
+    key = "output.weight"
+    moved = (one.module.state_dict()[key] - start[key]).abs().mean()
+    followed = (one.average.state_dict()[key] - start[key]).abs().mean()
+    assert 0 < followed < moved
+
+
+def test_the_rate_warms_up_and_ends_low(tmp_path):
+    one = run(tmp_path, steps=100)
+    rates = []
+    for step in range(100):
+        one.progress.step = step
+        rates.append(one.learning_rate())
+    assert rates[0] < rates[1] and rates[-1] < 0.01 * max(rates)
+
+
+def test_a_checkpoint_of_another_network_is_refused_by_name(tmp_path):
+    run(tmp_path).save()
+    torch.manual_seed(0)
+    other = run(tmp_path)
+    other.module = models.create("moce-ir", {**TINY, "dim": 16})
+    with pytest.raises(CheckpointError, match="last.pt"):
+        other.resume()
+
+
+def test_a_run_needs_an_end():
+    with pytest.raises(ConfigError):
+        trainer.Settings()
+
+
+def test_an_exported_file_loads_by_itself(tmp_path):
+    module = models.create("moce-ir", TINY)
+    path = tmp_path / "tiny.safetensors"
+    trainer.export(module, path, "moce-ir", TINY, ("denoise", "derain"), {"steps": 3})
+    restorer = models.load(path)
+    assert restorer.architecture.id == "moce-ir" and tuple(restorer.config["num_blocks"]) == (1, 1)
+    image = torch.rand(1, 3, 17, 22)
+    padded = torch.nn.functional.pad(image, (0, 0, 0, 1), mode="reflect")
+    assert torch.allclose(restorer(image), module(padded)[..., :17, :22], atol=5e-3)
+
+
+def test_faster_layers_compute_the_same():
+    torch.manual_seed(0)
+    for norm in ("WithBias", "BiasFree"):
+        plain = models.create("moce-ir", {**TINY, "LayerNorm_type": norm, "heads": [2, 4]})
+        fast = accelerate(copy.deepcopy(plain))
+        image = torch.rand(2, 3, 32, 48)
+        expected, got = plain(image), fast(image)
+        assert torch.allclose(expected, got, atol=1e-5)
+        assert list(plain.state_dict()) == list(fast.state_dict())
+        weights = [
+            torch.autograd.grad(out.square().mean(), net.output.weight)[0]
+            for net, out in ((plain, expected), (fast, got))
+        ]
+        assert torch.allclose(*weights, rtol=1e-3, atol=1e-6)
+
+
+def test_the_objective_trains_the_routers():
+    module = models.create("moce-ir", TINY)
+    image = torch.rand(3, 3, 32, 32)
+    loss, parts = Restoration()(module, image, image, torch.Generator().manual_seed(0))
+    gate = module.dec[0][2].layers[0].adapter.routing.freq_gate.weight
+    assert set(parts) == {"balance", "pixel", "fft"} and torch.autograd.grad(loss, gate)[0].abs().sum() > 0
+
+
+def test_crops_are_random_and_resumable():
+    crops = data.PhotoCrops(pictures())
+    stream = data.PairStream(crops, data.STARTER_TASKS, torch.Generator().manual_seed(3))
+    damaged, clean, names = stream.batch(40, 24)
+    assert damaged.shape == clean.shape == (40, 3, 24, 24) and len(set(names)) > 5
+    assert clean.min() >= 0 and clean.max() <= 1 and damaged.isfinite().all()
+    again, _, _ = data.PairStream(crops, data.STARTER_TASKS, torch.Generator().manual_seed(3)).batch(40, 24)
+    assert torch.equal(damaged, again)
+
+
+def test_the_split_depends_on_the_name_only():
+    assert photos.is_validation("erase_kingfisher") and not photos.is_validation("erase_kitten")
+
+
+def test_the_command_trains_resumes_and_exports(tmp_path):
+    for part, count in (("train", 3), ("validation", 2)):
+        (tmp_path / "photos" / part).mkdir(parents=True)
+        for index, picture in enumerate(pictures(count, 224)):
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / "photos" / part / f"{index}.png")
+    arguments = ["starter", "--photos", str(tmp_path / "photos"), "--out", str(tmp_path / "run"), "--workers", "1"]
+    arguments += ["--config", json.dumps({**TINY, "dim": 8})]
+    assert cli.main([*arguments, "--steps", "2"]) == 0
+    assert cli.main([*arguments, "--steps", "3"]) == 0
+    restorer = models.load(tmp_path / "run" / cli.STARTER_NAME)
+    assert json.loads(restorer.metadata["training"])["steps"] == 3
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert set(lines[-1]["validation"]) == set(data.VALIDATION)

@@ -48,7 +48,7 @@ def selective_scan(
     if z is not None:  # one rounding, after the gate
         u = u.to(chunked.working_dtype(dtype))
     tensors = (u, delta, A, B, C, D, delta_bias)
-    if backend.requested() == "reference":
+    if _reference_wanted():
         with torch.autocast(u.device.type, enabled=False):
             working = chunked.working_dtype(dtype)
             y, state = reference.scan(*(None if t is None else t.to(working) for t in tensors), delta_softplus)
@@ -110,9 +110,14 @@ def state_space_2d(
         A = -torch.exp(A_logs.to(dtype)).unflatten(0, (directions, width))
         D = D.to(dtype).unflatten(0, (directions, width))
         arguments = (x, projected, order, dt_weight.to(dtype), dt_bias.to(dtype), A, D, prompt, merge)
-        if differentiate or backend.requested() == "reference":
+        if differentiate or _reference_wanted():
             return _unfused(*arguments)
         return _state_space_2d(*arguments)
+
+
+def _reference_wanted() -> bool:
+    """Whether the plain loop was asked for; under torch.compile the operators are opaque and choose when they run."""
+    return not torch.compiler.is_compiling() and backend.requested() == "reference"
 
 
 def _unfused(

@@ -34,6 +34,8 @@ ROW, WIDGET, TEXT_AREA, PICTURE = 20, 24, 110, 270
 """Heights of a socket, a widget, a text box and a picture shown on a node."""
 GROUP_TITLE, MARGIN = 40, 20
 SHOWS_PICTURE = frozenset({"LoadImage", "LoadImageMask", "SaveImage", "PreviewImage", "MaskPreview"})
+WORKS_LONG = frozenset({"MEND_RESTORER", "MEND_CODEC", "MEND_PRIOR", "MEND_OPERATOR", "MODEL", "SAMPLER"})
+"""What a node that shows a preview while it works takes in."""
 
 
 def classes() -> dict[str, Any]:
@@ -41,7 +43,15 @@ def classes() -> dict[str, Any]:
     return {node.GET_SCHEMA().node_id: node for node in [*core_nodes.NODES, *node_classes()]}
 
 
-def node_size(node_class: Any, picture: bool = False) -> list[int]:
+def shows_picture(node_class: Any) -> bool:
+    """True if the page may draw a picture on the node: a result, or the preview that stays after a run."""
+    types = {entry[0] for group in node_class.INPUT_TYPES(include_hidden=False).values() for entry in group.values()}
+    works = "IMAGE" in node_class.RETURN_TYPES and bool(types & WORKS_LONG)
+    shows = node_class.OUTPUT_NODE and bool(types & {"IMAGE", "MASK"})
+    return node_class.GET_SCHEMA().node_id in SHOWS_PICTURE or works or shows
+
+
+def node_size(node_class: Any) -> list[int]:
     """Width and height with which the page shows a node comfortably."""
     types = node_class.INPUT_TYPES(include_hidden=False)
     entries = [entry for group in types.values() for entry in group.values()]
@@ -50,7 +60,7 @@ def node_size(node_class: Any, picture: bool = False) -> list[int]:
     rows = max(len(entries) - len(typed), len(node_class.RETURN_TYPES), 1)
     height = rows * ROW + len(widgets(node_class)) * WIDGET + areas * TEXT_AREA + 16
     kind = node_class.GET_SCHEMA().node_id
-    if picture or kind in SHOWS_PICTURE:
+    if shows_picture(node_class):
         height += PICTURE
     if kind == "PreviewAny":
         height += 2 * TEXT_AREA

@@ -19,11 +19,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from comfyui_mend.engine import core_nodes
 from comfyui_mend.engine.validation import describe_errors, input_info, validate_prompt
 from comfyui_mend.engine.workflow_format import default_value, is_widget, read, to_api, widgets
 from comfyui_mend.nodes import node_classes
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = ROOT / "workflows"

@@ -14,6 +14,7 @@ import mmap
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ _NONSENSE = (
 _HARMLESS = re.compile(r"(^|\.)(total_ops|total_params|num_batches_tracked)$")
 _LISTED = 6
 _CALLS_PER_TENSOR = 30
+_RESEMBLANCE = 0.6
+"""The share of a network's kinds of keys that a file must have to be called an incomplete one."""
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass
@@ -360,19 +364,44 @@ class _Construction(TorchFunctionMode):
 def _unknown(checkpoint: Checkpoint, candidates: list[Architecture], system: str | None) -> str:
     """Why no architecture was found, as helpful as the keys allow."""
     keys = [key for weights in checkpoint.sets for key in weights.tensors]
-    for architecture in candidates:
-        present = [s for s in architecture.signature if any(k == s or k.endswith("." + s) for k in keys)]
-        if present:
-            absent = [s for s in architecture.signature if s not in present]
-            if absent:
-                return f"looks like {architecture.title}, but these keys are missing: {_some(absent)}"
+    other = describe_weights(keys)
+    if other and system is None:
+        return f"this looks like {other}"
+    closest = _closest(checkpoint.sets[0].tensors, candidates)
+    if closest is not None:
+        architecture, missing = closest
+        return f"looks like {architecture.title}, but these keys are missing: {_some(missing)}"
     if system is not None:
         return f"this is not a {candidates[0].title} checkpoint; its first entries are {_some(keys)}"
-    other = describe_weights(keys)
-    if other:
-        return f"this looks like {other}"
     known = ", ".join(sorted({a.title for a in candidates}))
     return f"no network known here has such weights; its first entries are {_some(keys)}. Known: {known}"
+
+
+def _closest(tensors: Mapping[str, Any], candidates: list[Architecture]) -> tuple[Architecture, list[str]] | None:
+    """The architecture that lacks the fewest kinds of keys, if most are there; with examples of what it lacks."""
+    best: tuple[float, Architecture, list[str]] | None = None
+    for view, _, _ in views(dict(tensors)):
+        present = {_NUMBER.sub("#", key) for key in view}
+        for architecture in candidates:
+            wanted = _kinds_of_keys(architecture.id)
+            missing = [key for kind, key in wanted.items() if kind not in present]
+            share = 1 - len(missing) / max(len(wanted), 1)
+            if missing and share >= _RESEMBLANCE and (best is None or share > best[0]):
+                best = (share, architecture, missing)
+    return None if best is None else best[1:]
+
+
+@lru_cache(maxsize=64)
+def _kinds_of_keys(architecture_id: str) -> dict[str, str]:
+    """The names of an architecture's weights with "#" for numbers, each with an example; of its first released form."""
+    architecture = registry.get(architecture_id)
+    config = next(iter(architecture.variants.values()), None)
+    if config is None:
+        return {}
+    with torch.device("meta"):
+        keys = architecture.build(config).state_dict()
+    computed = [re.compile(p) for p in architecture.computed_buffers]
+    return {_NUMBER.sub("#", k): k for k in reversed(keys) if not any(p.search(k) for p in computed)}
 
 
 def _some(names: Iterable[str]) -> str:

@@ -40,12 +40,7 @@ def save(restorer: Restorer, path: str | Path, *, force: bool = False, precision
         raise InputError(f"{path}: exists already; choose another name or allow overwriting (--force)")
     if precision not in _PRECISIONS:
         raise InputError(f"precision {precision!r}: one of {', '.join(_PRECISIONS)}")
-    computed = [re.compile(p) for p in restorer.architecture.computed_buffers]
-    state = {
-        key: _stored(value, _PRECISIONS[precision])
-        for key, value in restorer.module.state_dict().items()
-        if not any(p.search(key) for p in computed)
-    }
+    state = {key: _stored(value, _PRECISIONS[precision]) for key, value in _weights(restorer).items()}
     tasks = restorer.metadata.get("tasks", "")
     described = metadata(restorer.architecture.id, restorer.config, tasks=tasks, **more)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +51,13 @@ def save(restorer: Restorer, path: str | Path, *, force: bool = False, precision
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def _weights(restorer: Restorer) -> dict[str, torch.Tensor]:
+    """The state dict without what the network computes itself."""
+    computed = [re.compile(p) for p in restorer.architecture.computed_buffers]
+    state = restorer.module.state_dict()
+    return {key: value for key, value in state.items() if not any(p.search(key) for p in computed)}
 
 
 def _stored(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -88,7 +90,7 @@ def convert(
 def verify(restorer: Restorer, path: Path, precision: str = "float32") -> None:
     """Reads a written file back and compares architecture, settings and every value. Raises CheckpointError."""
     again = load(path)
-    wanted, found = restorer.module.state_dict(), again.module.state_dict()
+    wanted, found = _weights(restorer), _weights(again)
     same = again.architecture.id == restorer.architecture.id and wanted.keys() == found.keys()
     dtype = _PRECISIONS[precision]
     for key, value in wanted.items() if same else ():

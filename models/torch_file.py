@@ -18,7 +18,7 @@ import torch
 
 from ..errors import CheckpointError
 from .pickled import Global, Record, unpickle
-from .stored import MAX_TENSORS, StoredTensor, UnreadableTensor
+from .stored import MAX_TENSORS, StoredTensor, UnreadableTensor, aligned
 
 ZIP_START = b"PK\x03\x04"
 _ZIP_END, _ZIP64_LOCATOR, _ZIP64_END, _ZIP_ENTRY = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06", b"PK\x01\x02"
@@ -51,7 +51,7 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    open: Callable[[], memoryview]
+    open: Callable[[], torch.Tensor]
     verify: Callable[[], None]
     dtype: torch.dtype | None
     """None: quantised."""
@@ -124,7 +124,8 @@ class _Storages:
     """The storages that one file's persistent ids name; each is described once."""
 
     def __init__(self, find: Callable[[str, int], memoryview], verify: Callable[[str], None]) -> None:
-        self.find, self.verify = find, verify
+        # Once per storage: a misaligned one is copied, and thousands of tensors may share it.
+        self.find, self.verify = cache(lambda key, size: aligned(find(key, size))), cache(verify)
         self.known: dict[str, tuple[_Storage, int]] = {}
 
     def persistent(self, identifier: Any) -> _Storage:
@@ -156,10 +157,12 @@ class _Entry:
     start: int
     size: int
     crc: int
+    plain: bool
+    """False: compressed or encrypted."""
 
 
 class ZipFile:
-    """The directory of a zip archive whose members are stored as they are, checked in full when opened."""
+    """The directory of a zip archive checked in full when opened; only members stored as they are can be read."""
 
     def __init__(self, data: memoryview) -> None:
         self.data = data
@@ -187,7 +190,7 @@ class ZipFile:
         entries: dict[str, _Entry] = {}
         for _ in range(count):
             position = self._read_entry(position, entries)
-        if sum(e.size for e in entries.values()) > total:
+        if sum(e.size for e in entries.values() if e.plain) > total:
             raise CheckpointError("its zip members overlap: it would unfold to more than the file holds")
         return entries
 
@@ -203,24 +206,24 @@ class ZipFile:
         name = str(data[position + 46 : position + 46 + name_size], "utf-8", "replace")
         extra = bytes(data[position + 46 + name_size : position + 46 + name_size + extra_size])
         size, packed, header = _zip64_fields(extra, [size, packed, header])
-        if method != 0 or flags & 1 or packed != size:
-            raise CheckpointError(
-                f"its zip member {name[:80]!r} is compressed or encrypted, which torch.save never does. "
-                "If it is an archive of model files, unpack it first"
-            )
         if header + 30 > len(data) or bytes(data[header : header + 4]) != ZIP_START:
             raise CheckpointError(f"its zip member {name[:80]!r} is not where the directory says")
         local_name, local_extra = struct.unpack_from("<HH", data, header + 26)
         start = header + 30 + local_name + local_extra
-        if start + size > len(data):
+        if start + packed > len(data):
             raise CheckpointError(f"the file is truncated: its zip member {name[:80]!r} goes beyond the end")
         if name in entries:
             raise CheckpointError(f"its zip directory lists {name[:80]!r} twice")
-        entries[name] = _Entry(start, size, crc)
+        entries[name] = _Entry(start, size, crc, plain=method == 0 and not flags & 1 and packed == size)
         return position + 46 + name_size + extra_size + comment_size
 
     def read(self, name: str) -> memoryview:
         entry = self.entries[name]
+        if not entry.plain:
+            raise CheckpointError(
+                f"its zip member {name[:80]!r} is compressed or encrypted, which torch.save never does. "
+                "If it is an archive of model files, unpack it first"
+            )
         return self.data[entry.start : entry.start + entry.size]
 
     def intact(self, name: str) -> bool:
@@ -267,7 +270,6 @@ def read_zip(data: memoryview, notes: list[str]) -> Any:
             raise CheckpointError("has no values in the file: it is truncated or made up")
         return archive.read(name)[:size]
 
-    @cache
     def verify(key: str) -> None:
         if checksums and not archive.intact(f"{root}data/{key}"):
             raise CheckpointError("has a wrong checksum: the file is damaged. Download it again")

@@ -13,6 +13,7 @@ from .errors import MendError
 # Command -> (module and function in it, what it is for). The function takes the remaining arguments and returns the
 # exit status; nothing is imported before its command is asked for.
 COMMANDS = {
+    "demo": ("nodes.cli_demo:main", "restore the photo that comes with Mend and measure the result"),
     "restore": ("engine.cli_restore:main", "restore photos: the main job without a graph"),
     "run": ("nodes.cli_run:main", "run a workflow, in the built-in engine or in ComfyUI"),
     "models": ("models.cli:main", "list, inspect, check and convert model files"),

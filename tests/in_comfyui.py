@@ -11,6 +11,7 @@ import asyncio
 import importlib.util
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,13 +93,16 @@ def run_cases(comfyui: Any) -> dict[str, list[dict[str, Any]]]:
 
 
 def _keep(comfyui: Any, entry: dict[str, str], output: Path) -> str:
-    """The file behind an entry; previews are moved where they outlive the run."""
+    """The file behind an entry; previews are copied to where they outlive the run.
+
+    Not moved: ComfyUI counts the files that are there, and a preview node keeps its random prefix between workflows.
+    """
     if entry["type"] != "temp":
         return str(output / entry["subfolder"] / entry["filename"])
     kept = output / "previews" / entry["filename"]
     kept.parent.mkdir(parents=True, exist_ok=True)
     source = comfyui._temp / "temp" / entry["subfolder"] / entry["filename"]
-    source.rename(kept)
+    shutil.copyfile(source, kept)
     return str(kept)
 
 

@@ -518,8 +518,8 @@ ARCHITECTURES = [
         id="mpmf-net",
         system="mpmf-net",
         title="MPMF-Net",
-        paper="Wen et al., Multi-axis Prompt and Multi-dimension Fusion Network for All-in-one Weather-degraded Image "
-        "Restoration, AAAI 2025",
+        paper="Multi-axis Prompt and Multi-dimension Fusion Network for All-in-one Weather-degraded Image Restoration, "
+        "AAAI 2025 (Yuanbo Wen's group, Chang'an University; the repository names no authors)",
         licence="none stated for code and weights",
         detect=lambda state: all(key in state for key in _SIGNATURE),
         config_from_state_dict=_config_from_state_dict,

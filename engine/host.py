@@ -14,6 +14,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,7 @@ class Progress:
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self._last_preview = max(1, total), 0, 0.0
+        self._part, self._parts = _part.get()
         self._bar = None
         if inside_comfyui():
             import comfy.utils
@@ -200,11 +202,12 @@ class Progress:
         picture = None
         if preview is not None and time.monotonic() - self._last_preview >= PREVIEW_INTERVAL:
             picture, self._last_preview = preview(), time.monotonic()
+        done, total = self._part * self.total + self.done, self._parts * self.total
         if self._bar is not None:
             shown = None if picture is None else ("JPEG", picture, 768)
-            self._bar.update_absolute(self.done, self.total, shown)
+            self._bar.update_absolute(done, total, shown)
         elif _Hooks.progress is not None:
-            _Hooks.progress(self.done, self.total, picture)
+            _Hooks.progress(done, total, picture)
 
     def extend(self, amount: int) -> None:
         """More work turned up (smaller tiles after running out of memory)."""
@@ -214,6 +217,20 @@ class Progress:
 def progress(total: int) -> Progress:
     """A progress bar over `total` steps."""
     return Progress(total)
+
+
+_part: ContextVar[tuple[int, int]] = ContextVar("mend_progress_part", default=(0, 1))
+
+
+@contextmanager
+def part_of_progress(part: int, parts: int) -> Iterator[None]:
+    """Progress bars made inside cover part number `part` (from 0) of `parts` equal ones: one bar for several runs."""
+    outer, outer_parts = _part.get()
+    token = _part.set((outer * parts + part, outer_parts * parts))
+    try:
+        yield
+    finally:
+        _part.reset(token)
 
 
 # Networks on devices --------------------------------------------------------------------------------------------------

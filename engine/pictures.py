@@ -87,5 +87,10 @@ def heat_map(
 
 def difference_map(a: torch.Tensor, b: torch.Tensor, gain: float = 5.0) -> torch.Tensor:
     """|a - b| averaged over channels, [C, H, W] each, times `gain`, in false colour: black, red, yellow, white."""
-    level = ((a.float() - b.float()).abs().mean(dim=0) * gain).clamp(0, 1) * 3
+    return false_colour((a.float() - b.float()).abs().mean(dim=0) * gain)
+
+
+def false_colour(level: torch.Tensor) -> torch.Tensor:
+    """[H, W] in 0..1 as [3, H, W]: black, red, yellow, white."""
+    level = level.clamp(0, 1) * 3
     return torch.stack([level.clamp(0, 1), (level - 1).clamp(0, 1), (level - 2).clamp(0, 1)])

@@ -135,19 +135,24 @@ def restore(
         colour = _per_channel(colour)
     elif wanted != 3:
         raise InputError(f"restorer: it takes {wanted} channels, which an image does not have")
-    result = _run(loaded, colour, tile, overlap, precision, given)
+    result = run(loaded, colour, tile, overlap, precision, given)
     if wanted == 1:
         result = result.reshape(batch, 3, *result.shape[-2:])
-    if channels == 1:
-        result = result.mean(dim=1, keepdim=True)
-    if channels == 2:
-        result = torch.cat([result.mean(dim=1, keepdim=True), upscale_alpha(image[:, 1:2], result, scale)], dim=1)
-    if channels == 4:
-        result = torch.cat([result, upscale_alpha(image[:, 3:4], result, scale)], dim=1)
+    result = as_given(result, image, scale)
     if not clamp:
         return result
     # Values above white are kept where the picture had them.
     return result.clamp_(0.0, None if float(image.max()) > 1.0 else 1.0)
+
+
+def as_given(restored: torch.Tensor, image: torch.Tensor, scale: int) -> torch.Tensor:
+    """A restored [B, 3, H, W] as grey where `image` was grey, and with its transparency where it had some."""
+    channels = image.shape[1]
+    if channels < 3:
+        restored = restored.mean(dim=1, keepdim=True)
+    if channels in (2, 4):
+        restored = torch.cat([restored, upscale_alpha(image[:, channels - 1 :], restored, scale)], dim=1)
+    return restored
 
 
 def check_image(image: torch.Tensor, name: str = "image") -> None:
@@ -169,9 +174,19 @@ def _per_channel(colour: torch.Tensor) -> torch.Tensor:
     return colour.reshape(-1, 1, *colour.shape[-2:])
 
 
-def _run(
-    loaded: LoadedRestorer, image: torch.Tensor, tile: int, overlap: int, precision: str, given: dict[str, Any]
+def run(
+    loaded: LoadedRestorer,
+    image: torch.Tensor,
+    tile: int,
+    overlap: int,
+    precision: str,
+    given: dict[str, Any],
+    output_channels: int | None = None,
 ) -> torch.Tensor:
+    """The network alone on [B, C, H, W], arguments as for `restore`: no alpha, no clamping, no checks.
+
+    output_channels: for a network whose result has more channels than the picture.
+    """
     restorer = loaded.restorer
     batch, channels, height, width = image.shape
     target = host.device()
@@ -183,7 +198,8 @@ def _run(
     smallest = round_up(max(SMALLEST_TILE, restorer.minimum_size), restorer.multiple_of)
     side = max(round_up(side, restorer.multiple_of), smallest)
     scale = restorer.scale
-    result = torch.empty(batch, channels, height * scale, width * scale, device=host.intermediate_device())
+    size = (batch, output_channels or channels, height * scale, width * scale)
+    result = torch.empty(size, device=host.intermediate_device())
     chunk = max(1, int(host.working_memory(target) / bytes_per_pixel(loaded, dtype) / (height * width)))
     chunk = chunk if side >= max(height, width) else 1
     progress = host.progress(sum(_tile_count(loaded, n, height, width, side, overlap) for n in _chunks(batch, chunk)))

@@ -321,6 +321,7 @@ ARCHITECTURES = [
         variants=VARIANTS,
         signature=_SIGNATURE,
         metadata_keys=("head_dim", "dilations", "rope"),
+        bytes_per_pixel=lambda config: 2000.0,
         multiple_of=lambda config: 2 ** (_LEVELS - 1),
         global_statistics="linear attention sums over the whole picture: tiles differ slightly from the whole",
     ),

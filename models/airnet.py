@@ -327,6 +327,7 @@ ARCHITECTURES = [
         signature=_SIGNATURE,
         # The contrastive training's part: files without it, or with an incomplete one, restore just as well.
         computed_buffers=(r"^E\.E\.(queue|encoder_k\.|encoder_q\.(E|mlp)\.)", r"\.num_batches_tracked$"),
+        bytes_per_pixel=lambda config: 3700.0,
         restore_with_uncertainty=lambda module, image: module.forward_with_uncertainty(image),
         global_statistics="nothing global, but deformable convolutions may read from anywhere: an overlap of 64 pixels "
         "or more between tiles reproduces the whole picture closely",

@@ -430,6 +430,7 @@ ARCHITECTURES = [
         metadata_keys=("input_range", "enc", "dec"),
         multiple_of=lambda config: 16,
         minimum_size=lambda config: 48,
+        bytes_per_pixel=lambda config: 400.0,
         restore=_restore,
         restore_with_uncertainty=_restore_with_uncertainty,
         context=_context,

@@ -340,6 +340,7 @@ ARCHITECTURES = [
         computed_buffers=(r"\.relative_position_index$",),
         metadata_keys=("img_size", "shift_flag"),
         multiple_of=_multiple_of,
+        bytes_per_pixel=lambda config: 4700.0,
         restore_with_uncertainty=lambda module, image: module.forward_with_uncertainty(image),
         global_statistics="nothing global, but windows are counted from the picture's corner and reach far through "
         "five resolutions: tiles may differ slightly from the whole",

@@ -19,6 +19,8 @@ FAMILIES: tuple[str, ...] = (
     "features",
     "local_pooling",
     "state_space",
+    "uncertainty",
+    "ensemble",
 )
 
 

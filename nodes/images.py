@@ -17,6 +17,11 @@ def as_image(image: torch.Tensor) -> torch.Tensor:
     return image.movedim(1, -1).to(host.intermediate_device(), torch.float32).contiguous()
 
 
+def as_mask(mask: torch.Tensor) -> torch.Tensor:
+    """[B, H, W] as MASK: float32, contiguous, on the intermediate device."""
+    return mask.to(host.intermediate_device(), torch.float32).contiguous()
+
+
 def connected_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
     """MASK as [B, H, W]; None stays None. A single [H, W] is taken as a batch of one."""
     if mask is None:

@@ -6,7 +6,8 @@
 
 writes workflows/restore_photo.json (what the page opens), workflows/api/restore_photo.json (the same for the engine)
 and workflows/restore_photo.jpg (its thumbnail), after checking that the graph is valid and no boxes overlap.
-`python tests/make_workflow.py NAME` prints how the boxes of a workflow lie and whether its two forms agree.
+`python tests/make_workflow.py NAME...` prints how the boxes of workflows lie and whether their two forms agree; with
+`--respace` it lays them out again first, for nodes that have grown since.
 """
 
 from __future__ import annotations
@@ -259,6 +260,15 @@ def overlaps(workflow: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def cramped(workflow: Mapping[str, Any]) -> list[str]:
+    """Nodes that the page will draw larger than the file says, over what lies below them."""
+    known, found = classes(), []
+    for node in workflow["nodes"]:
+        if node["type"] in known and node["size"][1] < node_size(known[node["type"]])[1] - 4:
+            found.append(f"{node['type']} {node['id']} is too small: run make_workflow.py --respace")
+    return found
+
+
 def plain(api: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Class and inputs of every node, by id: what must agree between the two forms."""
     return {node_id: {"class_type": n["class_type"], "inputs": dict(n["inputs"])} for node_id, n in api.items()}
@@ -299,11 +309,43 @@ def write(
         picture.save(WORKFLOWS / f"{name}.jpg", quality=85, optimize=True)
 
 
-def main(names: Sequence[str]) -> int:
+def respace(name: str) -> None:
+    """Lays a shipped workflow out again, in the same columns and groups, with the sizes that nodes have today."""
+    ui, api = read(WORKFLOWS / f"{name}.json"), read(WORKFLOWS / "api" / f"{name}.json")
+    entries = {n["id"]: f"note {n['id']}" if n["type"] == "MarkdownNote" else str(n["id"]) for n in ui["nodes"]}
+    columns: dict[float, list[tuple[float, str]]] = {}
+    for node in ui["nodes"]:
+        columns.setdefault(node["pos"][0], []).append((node["pos"][1], entries[node["id"]]))
+    groups = {}
+    for group in ui["groups"]:
+        x, y, width, height = group["bounding"]
+        inside = [n for n in ui["nodes"] if not _apart(_box(n), (x, y, x + width, y + height))]
+        groups[group["title"]] = [entries[n["id"]] for n in inside]
+    sizes, known = {}, classes()
+    for node in ui["nodes"]:
+        kind = node["type"]
+        least = note_size(node["widgets_values"][0]) if kind == "MarkdownNote" else node_size(known[kind])
+        sizes[entries[node["id"]]] = [max(pair) for pair in zip(node["size"], least, strict=True)]
+    write(
+        name,
+        api,
+        [[entry for _, entry in sorted(columns[x])] for x in sorted(columns)],
+        groups,
+        {entries[n["id"]]: n["widgets_values"][0] for n in ui["nodes"] if n["type"] == "MarkdownNote"},
+        sizes,
+        {str(n["id"]): n["properties"]["models"] for n in ui["nodes"] if "models" in n["properties"]},
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    names = [name for name in arguments if name != "--respace"]
+    if "--respace" in arguments:
+        for name in names:
+            respace(name)
     known, wrong = classes(), 0
     for name in names:
         ui = read(WORKFLOWS / f"{name}.json")
-        problems = overlaps(ui)
+        problems = overlaps(ui) + cramped(ui)
         if plain(to_api(ui, known)) != plain(read(WORKFLOWS / "api" / f"{name}.json")):
             problems.append("the UI file and the API file differ")
         for node in ui["nodes"]:

@@ -21,7 +21,7 @@ from comfyui_mend.engine.workflow_format import DRAWN_ONLY, read, to_api, widget
 
 from .comfyui_page import find_python
 from .engine_cases import CASES, Nodes, observe
-from .make_workflow import WORKFLOWS, classes, overlaps, plain
+from .make_workflow import WORKFLOWS, classes, cramped, overlaps, plain
 
 TESTS = Path(__file__).resolve().parent
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
@@ -68,7 +68,7 @@ def test_a_workflow_has_a_thumbnail_titled_groups_and_no_overlaps(name):
     ui = ui_file(name)
     with Image.open(WORKFLOWS / f"{name}.jpg") as thumbnail:
         assert min(thumbnail.size) >= 64 and max(thumbnail.size) <= 1024
-    assert overlaps(ui) == []
+    assert overlaps(ui) + cramped(ui) == []
     assert all(group["title"].strip() for group in ui["groups"])
     assert any(node["type"] in DRAWN_ONLY for node in ui["nodes"]), "a note says what to do"
 

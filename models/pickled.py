@@ -38,10 +38,22 @@ _HARMFUL_NAMES = frozenset(
     f"{module}.{name}"
     for module in ("builtins", "__builtin__")
     for name in "eval exec execfile compile open __import__ breakpoint input exit quit globals vars apply reload".split()
-) | {"torch.load", "torch.save", "torch.serialization.load", "torch.package", "numpy.load"}
+) | {
+    "io.open",
+    "_io.open",
+    "codecs.open",
+    "torch.load",
+    "torch.save",
+    "torch.serialization.load",
+    "torch.package",
+    "numpy.load",
+}
 _HARMFUL_PREFIXES = ("torch.hub.", "torch.jit.", "torch.package.", "torch.utils.cpp_extension.", "torch.ops.")
 
-_Hashable = (str, int, float, bytes, type(None))  # keys whose hashes cannot be chosen to collide by the thousand
+
+def _hashable(value: Any) -> bool:
+    """Whether a value may be a key: one whose hashes cannot be chosen to collide by the thousand."""
+    return isinstance(value, (str, float, bytes, type(None))) or (isinstance(value, int) and abs(value) < 1 << 63)
 
 
 @dataclass(eq=False, slots=True)
@@ -165,7 +177,7 @@ class _Machine:
     def fill_set(self, values: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, set):
-            target.update(v for v in values if isinstance(v, _Hashable))
+            target.update(v for v in values if _hashable(v))
 
     def fill_dict(self, values: list[Any]) -> None:
         if len(values) % 2:
@@ -225,7 +237,7 @@ class _Machine:
 
 
 def _pairs(pairs: Iterable[Any]) -> dict:
-    return {p[0]: p[1] for p in pairs if isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], _Hashable)}
+    return {p[0]: p[1] for p in pairs if isinstance(p, tuple) and len(p) == 2 and _hashable(p[0])}
 
 
 def _make_dict(arguments: tuple) -> dict:
@@ -237,7 +249,7 @@ def _make_dict(arguments: tuple) -> dict:
 
 def _make_set(arguments: tuple) -> set:
     source = arguments[0] if arguments else ()
-    return {v for v in source if isinstance(v, _Hashable)} if isinstance(source, (list, tuple, set)) else set()
+    return {v for v in source if _hashable(v)} if isinstance(source, (list, tuple, set)) else set()
 
 
 def _make_sequence(kind: type) -> Callable[[tuple], Any]:

@@ -175,7 +175,7 @@ class ZipFile:
         data, total = self.data, len(self.data)
         tail = bytes(data[-65_557:])
         at = total - len(tail) + tail.rfind(_ZIP_END)
-        if _ZIP_END not in tail:
+        if _ZIP_END not in tail or at + 22 + int.from_bytes(data[at + 20 : at + 22], "little") != total:
             raise CheckpointError("the file is truncated: the end of the zip archive is missing. Download it again")
         count, size, position = struct.unpack_from("<HII", data, at + 10)
         if 0xFFFF == count or 0xFFFFFFFF in (size, position):

@@ -126,6 +126,13 @@ def test_sums_over_all_pixels_do_not_overflow_in_half_precision() -> None:
     assert d2u.isfinite().all() and d2u.dtype == torch.float16
 
 
+def test_half_precision_stays_close(network: MPMFNet) -> None:
+    x = torch.rand(1, 3, 32, 48)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = network(x)[0]
+    assert (half - network(x)[0]).abs().max() < 0.1
+
+
 def test_it_trains_after_it_ran_in_inference_mode(network: MPMFNet) -> None:
     mpmf_net._window_offsets.cache_clear()
     with torch.inference_mode():

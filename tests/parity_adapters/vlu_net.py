@@ -6,8 +6,9 @@ import re
 
 import torch
 import torch.nn.functional as F
+
 from comfyui_mend import models
-from comfyui_mend.models import clip
+from comfyui_mend.models import clip, vlu_net
 
 
 def run(case):
@@ -48,7 +49,8 @@ def _pipeline(case):
     seen = clip.preprocess(inputs["image"])
     features = encoder.ad_imageEncoder.clip_model.visual(seen)
     degradation = encoder.encode_image(inputs["image"])
-    texts = encoder.encode_text(inputs["tokens"])
+    tokens = inputs["tokens"] if "tokens" in inputs else vlu_net.tokenize(case.config["prompts"])
+    texts = encoder.encode_text(tokens)
     logits = degradation @ texts.T
     return {
         "restored": module(inputs["image"], degradation),

@@ -23,7 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError, ConfigError
-from . import catalogue, registry
+from . import catalogue, interop, registry
 from .file_kinds import describe, describe_weights
 from .registry import Architecture
 from .restorer import Restorer
@@ -143,7 +143,13 @@ def load(
 
 
 def _load(checkpoint: Checkpoint, path: Path | None, system: str | None, config: Mapping[str, Any]) -> Restorer:
-    found = recognise(checkpoint, system, config)
+    try:
+        found = recognise(checkpoint, system, config)
+    except CheckpointError:
+        foreign = None if system or config else _through_spandrel(checkpoint)
+        if foreign is None:
+            raise
+        return foreign
     architecture, state = found.architecture, found.state
     settings = configuration(architecture, state, checkpoint.metadata, config)
     size = sum(t.numel() * t.element_size() for t in state.values())
@@ -165,6 +171,21 @@ def _load(checkpoint: Checkpoint, path: Path | None, system: str | None, config:
         )
         metadata.setdefault("tasks", ",".join(released[1].tasks))
     return Restorer(architecture, settings, module, checkpoint.source, notes, metadata)
+
+
+def _through_spandrel(checkpoint: Checkpoint) -> Restorer | None:
+    """A network that is none of ours, if spandrel is installed and knows it."""
+    for weights in checkpoint.sets:
+        try:
+            state = weights.read(checkpoint.size)
+            weights.verify()
+        except CheckpointError:
+            continue
+        restorer = interop.from_spandrel(state, checkpoint.source)
+        if restorer is not None:
+            restorer.notes.extend(checkpoint.notes)
+            return restorer
+    return None
 
 
 @dataclass
@@ -271,9 +292,21 @@ def configuration(
         stored = json.loads(metadata.get("config", "{}"))
     except (ValueError, RecursionError):
         stored = {}
-    if isinstance(stored, dict):
-        found |= {key: stored[key] for key in architecture.metadata_keys if key in stored}
+    for key in architecture.metadata_keys if isinstance(stored, dict) else ():
+        if key in stored:
+            if not _is_setting(stored[key]):
+                raise CheckpointError(f"its metadata gives {key!r} the absurd value {str(stored[key])[:60]!r}")
+            found[key] = stored[key]
     return found | dict(overrides)
+
+
+def _is_setting(value: Any, depth: int = 2) -> bool:
+    """Whether a value may be a hyper-parameter: a small number, a word, or a short list of these."""
+    if isinstance(value, (list, tuple)):
+        return depth > 0 and len(value) <= 64 and all(_is_setting(v, depth - 1) for v in value)
+    if isinstance(value, (int, float)):
+        return abs(value) <= 1 << 16
+    return value is None or (isinstance(value, str) and len(value) <= 64)
 
 
 def _check_fit(architecture: Architecture, module: nn.Module, state: dict[str, torch.Tensor]) -> None:

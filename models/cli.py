@@ -201,11 +201,21 @@ def _download(args: argparse.Namespace) -> int:
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         shutil.copyfile(fetched, partial)
-        os.link(partial, target) if hasattr(os, "link") else os.rename(partial, target)  # neither overwrites
+        _place(partial, target)
     finally:
         partial.unlink(missing_ok=True)
     say(f"{target}: {describe(target)['title']}")
     return 0
+
+
+def _place(partial: Path, target: Path) -> None:
+    """Gives a finished file its name without overwriting what may have appeared there meanwhile."""
+    try:
+        os.link(partial, target)
+    except FileExistsError:
+        raise InputError(f"{target}: exists already; nothing was changed") from None
+    except (OSError, AttributeError, NotImplementedError):  # a file system without links
+        partial.rename(target)
 
 
 def _from_hugging_face(repository: str, name: str) -> Path:

@@ -390,6 +390,12 @@ def test_a_network_far_larger_than_its_file_is_not_built(network_state):
         models.load(network_state | {"patch_embed.proj.weight": torch.empty(65_536, 3, 0, 3)})
 
 
+@pytest.mark.parametrize("value", [10**12, -(10**9), 1e300, "x" * 500, [[[[1]]]], [1] * 1_000, {"a": 1}])
+def test_absurd_settings_in_metadata_are_refused(value, network_state, tmp_path):
+    data = save_safetensors(network_state, metadata={"mend.config": json.dumps({"topk": value})})
+    refused(data, tmp_path, "'topk' the absurd value", name="model.safetensors")
+
+
 @pytest.mark.parametrize("key", ["enc.0.0.layers.999999.x", "enc.99999999999999999999.x", "a" * 5_000, "1" * 2_000])
 def test_absurd_names_are_refused(key, network_state):
     with pytest.raises(CheckpointError, match="absurd"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 
+from ..engine import host
+from ..models import interop
 from .api import ComfyExtension, io
 
 # The order is the order of the node menu.
@@ -33,4 +35,6 @@ class MendExtension(ComfyExtension):
     """What ComfyUI's entry point returns."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        if host.inside_comfyui():  # so that its own Load Upscale Model takes our networks' files
+            interop.register_with_spandrel()
         return node_classes()

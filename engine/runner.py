@@ -233,7 +233,7 @@ class _Run:
         return True
 
     def _fail(self, event: str, node_id: str, error: BaseException, **data: Any) -> None:
-        self.result.exception = error
+        self.result.exception = error.with_traceback(None)  # its frames would keep the node's tensors alive
         root = self.graph.root(node_id)
         kind = self.graph.original[root]["class_type"]
         self.message(event, node_id=root, node_type=kind, executed=list(self.result.executed), **data)

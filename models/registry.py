@@ -38,6 +38,7 @@ _MODULES = (
     "restormer",
     "promptir",
     "mpmf_net",
+    "guided_diffusion_unet",
 )
 
 

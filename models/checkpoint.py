@@ -151,6 +151,11 @@ def _load(checkpoint: Checkpoint, path: Path | None, system: str | None, config:
             raise
         return foreign
     architecture, state = found.architecture, found.state
+    released = catalogue.find(path) if path is not None else None
+    if released is not None and released[0].id != architecture.system:
+        released = None
+    if released is not None and not checkpoint.metadata:
+        config = {**_told_by_name(architecture, released[1].variant), **config}
     settings = configuration(architecture, state, checkpoint.metadata, config)
     size = sum(t.numel() * t.element_size() for t in state.values())
     module = build_empty(architecture, settings, tensors=len(state), size=size)
@@ -164,13 +169,18 @@ def _load(checkpoint: Checkpoint, path: Path | None, system: str | None, config:
         notes.append(f"{_some(broken)} hold NaN or infinity: the file is damaged or its training failed")
         logger.warning("%s: %s", checkpoint.source or "state dict", notes[-1])
     metadata = dict(checkpoint.metadata)
-    released = catalogue.find(path) if path is not None else None
-    if released is not None and released[0].id == architecture.system:
+    if released is not None:
         notes.append(
             f"named like the released file {released[1].id}" + (f" ({released[1].note})" * bool(released[1].note))
         )
         metadata.setdefault("tasks", ",".join(released[1].tasks))
     return Restorer(architecture, settings, module, checkpoint.source, notes, metadata)
+
+
+def _told_by_name(architecture: Architecture, variant: str) -> dict[str, Any]:
+    """What only the name of a released file tells: its variant's settings that leave no trace in shapes."""
+    settings = architecture.variants.get(variant, {})
+    return {key: settings[key] for key in architecture.metadata_keys if key in settings}
 
 
 def _through_spandrel(checkpoint: Checkpoint) -> Restorer | None:

@@ -113,6 +113,14 @@ def test_a_released_file_loads_out_of_its_wrapper(architecture, tmp_path):
     torch.testing.assert_close(restorer(image), module(image))
 
 
+def test_the_name_of_a_released_file_tells_its_pooling(tmp_path):
+    torch.save({"params_ema": _filled("nafnet", NAFNET).state_dict()}, tmp_path / "nafnet_dcpt_cdd.pth")
+    (tmp_path / "mine.pth").write_bytes((tmp_path / "nafnet_dcpt_cdd.pth").read_bytes())
+    assert models.load(tmp_path / "nafnet_dcpt_cdd.pth").module.train_size == (128, 128)
+    assert models.load(tmp_path / "nafnet_dcpt_cdd.pth", config={"train_size": None}).module.train_size is None
+    assert models.load(tmp_path / "mine.pth").module.train_size is None
+
+
 def test_a_classifier_with_its_network_loads_with_its_labels(tmp_path):
     pair = models.create("dcpt", {**PAIR, "net_dc": {**CLASSIFIER, "num_classes": 3}})
     labels = {"labels": ["clean", "noise", "rain"]}

@@ -311,7 +311,9 @@ def configuration(
 
 
 def _is_setting(value: Any, depth: int = 2) -> bool:
-    """Whether a value may be a hyper-parameter: a small number, a word, or a short list of these."""
+    """Whether a value may be a hyper-parameter: a small number, a word, or a short list or mapping of these."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple)):
         return depth > 0 and len(value) <= 64 and all(_is_setting(v, depth - 1) for v in value)
     if isinstance(value, (int, float)):

@@ -128,11 +128,16 @@ def browser_page(running: Server) -> Iterator[Any]:
         path = os.environ.get("CHROMIUM_PATH", "/usr/bin/chromium")
         chromium = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
         page = chromium.new_page(viewport={"width": 1600, "height": 1000})
-        page.goto(running.url)
-        page.wait_for_function(READY, timeout=120_000)
-        page.wait_for_timeout(1500)
+        reload(page, running)
         yield page
         chromium.close()
+
+
+def reload(page: Any, running: Server) -> None:
+    """Opens the page anew, without the dialogs of what went before."""
+    page.goto(running.url)
+    page.wait_for_function(READY, timeout=120_000)
+    page.wait_for_timeout(1500)
 
 
 def box_overlaps(nodes: list[dict[str, Any]]) -> list[str]:
@@ -215,6 +220,8 @@ def run_workflow(page: Any, running: Server, timeout: float) -> list[str]:
 def inspect(page: Any, running: Server, path: Path, out: Path, run: bool, rewrite: bool, timeout: float) -> list[str]:
     """Opens, checks, runs and photographs one workflow; what is wrong with it."""
     name, ui = path.stem, json.loads(path.read_text(encoding="utf-8"))
+    if page.evaluate(LOOK)["alerts"]:
+        reload(page, running)
     seen = open_workflow(page, ui, name)
     problems = [f"{n['name']}: the page does not know this node" for n in seen["nodes"] if n["missing"]]
     problems += [f"alert: {text}" for text in seen["alerts"]]

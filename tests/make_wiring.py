@@ -98,6 +98,7 @@ def pass_the_picture_on(network: torch.nn.Module) -> None:
 
 
 FILES = {
+    "acl": Wiring("acl", {"channels": 16, "blocks": (1, 1, 1), "head_dim": 16}, "acl", "out"),
     "airnet": Wiring(
         "tur",
         {"n_groups": 1, "n_blocks": 2, "n_feats": 16, "if_uncertainty": True, "contrastive": False},

@@ -310,7 +310,7 @@ def configuration(
     return found | dict(overrides)
 
 
-def _is_setting(value: Any, depth: int = 2) -> bool:
+def _is_setting(value: Any, depth: int = 3) -> bool:
     """Whether a value may be a hyper-parameter: a small number, a word, or a short list or mapping of these."""
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]

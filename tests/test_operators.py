@@ -1,0 +1,130 @@
+"""Linear degradations keep the identities that restoration relies on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from comfyui_mend.errors import InputError
+from comfyui_mend.guidance import kernels
+from comfyui_mend.guidance import operators as ops
+
+SKEWED = torch.rand(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+KINDS = {
+    "denoising": lambda: (ops.Denoising(), (13, 9)),
+    "inpainting": lambda: (ops.Inpainting(torch.rand(13, 9) > 0.5), (13, 9)),
+    "colourisation": lambda: (ops.Colourisation(), (7, 11)),
+    "average x3": lambda: (ops.AveragePooling(3), (12, 21)),
+    "bicubic x4": lambda: (ops.bicubic_downsampling(4), (16, 40)),
+    "bicubic x3": lambda: (ops.bicubic_downsampling(3), (27, 15)),
+    "gaussian": lambda: (ops.separable_blur(kernels.gaussian_1d(5, 1.0), kernels.gaussian_1d(7, 2.0)), (17, 24)),
+    "resize 0.4": lambda: (ops.Resize(0.4), (23, 31)),
+    "circular even kernel": lambda: (ops.CircularBlur(torch.rand(4, 6) / 12), (20, 18)),
+    "circular x3": lambda: (ops.CircularBlur(SKEWED / SKEWED.sum(), 3), (18, 27)),
+    "reflect": lambda: (ops.ReflectBlur(SKEWED / SKEWED.sum()), (9, 14)),
+    "hadamard": lambda: (ops.WalshHadamard(torch.randperm(64)[:20], 8), (8, 8)),
+    "mask after blur": lambda: (
+        ops.Composition(ops.Inpainting(torch.rand(12, 16) > 0.3), ops.ReflectBlur(SKEWED / SKEWED.sum())),
+        (12, 16),
+    ),
+    "blur, then smaller": lambda: (
+        ops.Composition(ops.AveragePooling(2), ops.CircularBlur(kernels.gaussian_2d(5, 1.0))),
+        (12, 16),
+    ),
+}
+
+
+@pytest.fixture(params=KINDS)
+def operator_and_images(request):
+    operator, size = KINDS[request.param]()
+    return operator, torch.randn(2, 3, *size)
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() * b.double()).sum())
+
+
+def test_the_adjoint_is_exact(operator_and_images) -> None:
+    operator, x = operator_and_images
+    y = torch.randn_like(operator.A(x))
+    assert _dot(operator.A(x), y) == pytest.approx(_dot(x, operator.A_adjoint(y)), rel=1e-4, abs=1e-3)
+
+
+def test_the_operator_is_linear_and_each_image_stands_for_itself(operator_and_images) -> None:
+    operator, x = operator_and_images
+    assert torch.allclose(operator.A(2 * x + x.flip(0)), 2 * operator.A(x) + operator.A(x).flip(0), atol=1e-4)
+    assert torch.allclose(operator.A(x)[:1], operator.A(x[:1]), atol=1e-5)
+
+
+def test_sizes_are_foretold(operator_and_images) -> None:
+    operator, x = operator_and_images
+    y = operator.A(x)
+    assert tuple(y.shape[-2:]) == tuple(operator.output_size(*x.shape[-2:]))
+    assert tuple(operator.input_size(*y.shape[-2:])) == tuple(x.shape[-2:])
+
+
+def test_the_regularised_inverse_solves_its_normal_equations(operator_and_images) -> None:
+    operator, x = operator_and_images
+    operator.iterations = 300
+    y, eta = operator.A(torch.randn_like(x)), 0.05
+    z = operator.A_dagger(y, eta)
+    normal = operator.A_adjoint(operator.A(z)) + eta * z
+    assert torch.allclose(normal, operator.A_adjoint(y), atol=2e-3)
+
+
+def test_the_pseudo_inverse_explains_the_measurement(operator_and_images) -> None:
+    operator, x = operator_and_images
+    operator.iterations = 400
+    y = operator.A(x)
+    again = operator.A(operator.A_dagger(y))
+    loose = isinstance(operator, (ops.ReflectBlur, ops.Composition, ops.CircularBlur))
+    assert float((again - y).norm() / y.norm()) < (0.05 if loose else 2e-3)
+
+
+def test_back_projection_moves_onto_the_measurement_and_the_prox_step_in_between(operator_and_images) -> None:
+    operator, x = operator_and_images
+    operator.iterations = 300
+    y = operator.A(torch.randn_like(x))
+    before = float((operator.A(x) - y).norm())
+    middle = float((operator.A(operator.prox(x, y, 0.5)) - y).norm())
+    after = float((operator.A(operator.back_project(x, y, 1e-4)) - y).norm())
+    assert after < 0.2 * before and after <= middle <= before
+
+
+def test_nothing_is_divided_by_zero_where_the_operator_is_blind() -> None:
+    blind = ops.separable_blur(kernels.uniform_1d(9), kernels.uniform_1d(9))
+    assert blind.A_dagger(torch.randn(1, 3, 33, 20), 0.0).isfinite().all()
+    assert ops.CircularBlur(torch.ones(4, 4) / 16).A_dagger(torch.randn(1, 3, 8, 8), 0.0).isfinite().all()
+
+
+def test_median_fill_keeps_what_is_known_and_fills_the_rest() -> None:
+    image, mask = torch.rand(2, 3, 20, 31), (torch.rand(20, 31) > 0.9).float()
+    filled = ops.median_fill(image, mask)
+    assert filled.isfinite().all() and torch.equal(filled[:, :, mask > 0], image[:, :, mask > 0])
+    assert torch.equal(ops.median_fill(image, torch.zeros(20, 31)), torch.zeros_like(image))
+    assert torch.equal(ops.median_fill(image, torch.ones(20, 31)), image)
+
+
+def test_a_motion_kernel_has_its_length_and_direction() -> None:
+    flat, tilted = kernels.motion_2d(9, 0), kernels.motion_2d(9, 45)
+    assert float(flat.sum()) == pytest.approx(1) and (flat.sum(dim=1) > 1e-6).sum() == 1
+    assert int((flat[flat.shape[0] // 2] > 1e-6).sum()) == 9
+    assert float(tilted.flip(1).diagonal().sum()) > 3 * float(tilted.diagonal().sum())  # rises to the right
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.AveragePooling(4).A(torch.zeros(1, 3, 10, 8)), "not divisible by the factor 4"),
+        (lambda: ops.bicubic_downsampling(4).A(torch.zeros(1, 3, 10, 8)), "not divisible by the factor 4"),
+        (lambda: ops.Inpainting(torch.ones(4, 4)).A(torch.zeros(1, 3, 5, 4)), "make them the same size"),
+        (lambda: ops.ReflectBlur(torch.ones(4, 4)), "sides must be odd"),
+        (lambda: ops.ReflectBlur(torch.ones(9, 9)).A(torch.zeros(1, 3, 4, 9)), "too few for a kernel"),
+        (lambda: ops.CircularBlur(torch.ones(9, 9)).A(torch.zeros(1, 3, 4, 9)), "larger than the image"),
+        (lambda: ops.WalshHadamard(torch.arange(3), 12), "power of two"),
+        (lambda: ops.Colourisation().A(torch.zeros(1, 1, 4, 4)), "1 channels"),
+    ],
+)
+def test_what_an_operator_cannot_take_is_said(call, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call()

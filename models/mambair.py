@@ -292,6 +292,7 @@ ARCHITECTURES = [
         variants=FLAT_VARIANTS,
         signature=_FLAT_SIGNATURE,
         scale=lambda config: config["upscale"] if config["upsampler"] else 1,
+        bytes_per_pixel=lambda config: (50 * config["mlp_ratio"] + 10) * config["embed_dim"],
         **_COMMON,
     ),
     Architecture(
@@ -305,6 +306,7 @@ ARCHITECTURES = [
         signature=_UNET_SIGNATURE,
         multiple_of=lambda config: 8,
         minimum_size=lambda config: 8,
+        bytes_per_pixel=lambda config: 125 * config["mlp_ratio"] * config["dim"],
         **_COMMON,
     ),
 ]

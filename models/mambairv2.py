@@ -469,6 +469,7 @@ ARCHITECTURES = [
         signature=_SIGNATURE,
         computed_buffers=(r"^relative_position_index_SA$",),
         scale=lambda config: config["upscale"] if config["upsampler"] else 1,
+        bytes_per_pixel=lambda config: 120 * config["embed_dim"],
         restore=_restore,
         global_statistics="the scan reads all pixels of the picture sorted by class; a tile sorts and sees only its own "
         "(the published results are tiled ones, see the official tiling)",

@@ -336,7 +336,10 @@ def _build_net(config: Mapping[str, Any]) -> VLUNet:
 
 def _build_pipeline(config: Mapping[str, Any]) -> VLUNetPipeline:
     try:
-        return VLUNetPipeline(config["net"], config["clip"])
+        clip = dict(config["clip"])
+        if clip["text_cfg"] is not None and config.get("text_heads"):
+            clip["text_cfg"] = {**clip["text_cfg"], "heads": config["text_heads"]}
+        return VLUNetPipeline(config["net"], clip)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"VLU-Net with CLIP: {error}") from None
 
@@ -368,7 +371,9 @@ def _net_config(state: State) -> dict[str, Any]:
 
 def _pipeline_config(state: State) -> dict[str, Any]:
     net = {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
-    return {"kind": "pipeline", "net": _net_config(net), "clip": _clip_config(state, f"{_IMAGE}clip_model.")}
+    clip = _clip_config(state, f"{_IMAGE}clip_model.")
+    heads = clip["text_cfg"]["heads"] if clip["text_cfg"] else 0
+    return {"kind": "pipeline", "net": _net_config(net), "clip": clip, "text_heads": heads}
 
 
 def _clip_config(state: State, prefix: str) -> dict[str, Any]:
@@ -469,7 +474,7 @@ ARCHITECTURES = [
         matches_config=lambda config: config.get("kind") == "pipeline" or "clip" in config,
         variants=PIPELINE_VARIANTS,
         signature=_PIPELINE_SIGNATURE,
-        metadata_keys=("clip",),
+        metadata_keys=("text_heads",),
         prepare_state_dict=_mirror_clip,
         bytes_per_pixel=lambda config: 210.0 * config["net"]["dim"],
         restore=_restore_pipeline,

@@ -3,7 +3,7 @@
     python tests/make_wiring.py [NAME ...]
 
 They show the wiring, not the quality: weights are random (seeded), the last layer is scaled so that the picture stays
-recognisable, and MPMF-Net's coarse branch is solved for returning its input, so that there is something to see.
+recognisable, or solved on the example pictures themselves, so that there is something to see.
 Files: weights/wiring-<name>.safetensors, half precision, saying in their metadata that they are untrained.
 """
 
@@ -18,11 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from comfyui_mend import models
+from comfyui_mend.engine.pictures import from_pil
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS, EXAMPLES = ROOT / "weights", ROOT / "workflows" / "inputs"
+SOLVED = (
+    "none but the last layers, which were solved on the example pictures: this shows the wiring and not the quality"
+)
 CHANGE = 0.03
 """Standard deviation of what a network changes in a picture."""
 
@@ -35,36 +41,80 @@ class Wiring:
     config: Mapping[str, Any]
     architecture: str
     output: str
-    """Name of the last convolution, whose weights are scaled."""
+    """Name of the last convolution, whose weights are scaled; "" leaves them as they are."""
     prefix: str = ""
     beside: Mapping[str, tuple[str, Mapping[str, Any]]] | None = None
     """Further networks by prefix: (system, config)."""
     adjust: Callable[[torch.nn.Module], None] = lambda module: None
     """Changes the random weights before the last layer is scaled."""
+    training: str = "none: random weights, this file shows the wiring and not the quality"
+    """What its metadata say about how it came about."""
     awake: str | tuple[str, ...] = ()
     """Parameters whose names end so start at zero, which would leave their layers without effect; drawn instead."""
 
 
-def return_the_input(network: torch.nn.Module) -> None:
-    """Solves the last layer of MPMF-Net's coarse branch so that its output is close to its input."""
-    grain = [torch.rand(8, 3, side, side) * torch.rand(8, 3, 1, 1) for side in (2, 4, 8, 16, 32, 64)]
-    pictures = torch.cat([torch.nn.functional.interpolate(g, (64, 64), mode="bilinear") for g in grain])
-    *hidden, last = network.inr.imnet.layers
-    seen = {}
-    hook = network.inr.register_forward_pre_hook(lambda module, inputs: seen.update(features=inputs[0]))
-    network.coarse(pictures)
+def solve_mpmf(network: torch.nn.Module) -> None:
+    """Solves the last layer of MPMF-Net's coarse branch, then its very last one."""
+    weight, bias = least_squares(
+        [_before_the_coarse_image(network, damaged) for damaged, _ in examples()],
+        [clean[:, :, ::4, ::4] for _, clean in examples()],
+    )
+    last = network.inr.imnet.layers[-1]
+    last.weight.copy_(weight)
+    last.bias.copy_(bias)
+    solve_output("patch_unembed.proj.0", "reflect")(network)
+
+
+def solve_output(name: str, padding: str = "constant") -> Callable[[torch.nn.Module], None]:
+    """Solves a last 3x3 convolution for the change from damaged to clean example pictures, in every pass of it."""
+
+    def solve(network: torch.nn.Module) -> None:
+        output, seen, wanted = network.get_submodule(name), [], []
+        hook = output.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        for damaged, clean in examples():
+            network(damaged)
+            wanted += [clean - damaged] * (len(seen) - len(wanted))
+        hook.remove()
+        pads = (torch.nn.functional.pad(features, [1] * 4, mode=padding) for features in seen)
+        weight, bias = least_squares([torch.nn.functional.unfold(p, 3) for p in pads], wanted)
+        output.weight.copy_(weight.view_as(output.weight))
+        if output.bias is not None:
+            output.bias.copy_(bias)
+
+    return solve
+
+
+def examples() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Damaged and clean example pictures [1, 3, H, W], at half size, cropped to multiples of 8."""
+    pairs = []
+    for name in ("mountains_haze", "palace_snow", "red_panda_rain", "night_dark"):
+        both = (from_pil(Image.open(EXAMPLES / f"{n}.jpg").reduce(2))[None] for n in (name, name.rsplit("_", 1)[0]))
+        pairs.append(tuple(p[..., : p.shape[-2] // 8 * 8, : p.shape[-1] // 8 * 8] for p in both))
+    return pairs
+
+
+def least_squares(features: list[torch.Tensor], wanted: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias that turn [1, N, pixels] into [1, 3, H, W] best, over all pictures."""
+    x = torch.cat([f[0].T for f in features]).double()
+    y = torch.cat([w[0].flatten(1).T for w in wanted]).double()
+    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+    ridge = 1e-4 * torch.eye(x.shape[1], dtype=torch.double)
+    solution = torch.linalg.solve(x.T @ x / len(x) + ridge, x.T @ y / len(x)).float()
+    return solution[:-1].T, solution[-1]
+
+
+def _before_the_coarse_image(network: torch.nn.Module, damaged: torch.Tensor) -> torch.Tensor:
+    """What the last layer of the coarse branch sees, [1, N, pixels]."""
+    *hidden, _ = network.inr.imnet.layers
+    seen: list[torch.Tensor] = []
+    hook = network.inr.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    network.coarse(damaged)
     hook.remove()
-    x = torch.nn.functional.unfold(seen["features"], 3, padding=1).transpose(1, 2).flatten(0, 1)
-    first = hidden[0]
-    x = x @ first.weight[:, : x.shape[1]].T + first.bias + 2 * first.weight[:, -2:].sum(dim=1)
+    x, first = torch.nn.functional.unfold(seen[0], 3, padding=1).mT, hidden[0]
+    x = x @ first.weight[:, : x.shape[2]].T + first.bias + 2 * first.weight[:, -2:].sum(dim=1)
     for layer in hidden[1:]:
         x = layer(x)
-    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).double()
-    wanted = pictures[:, :, ::4, ::4].flatten(2).transpose(1, 2).flatten(0, 1).double()
-    ridge = 1e-4 * torch.eye(x.shape[1], dtype=torch.double)
-    solution = torch.linalg.solve(x.T @ x / len(x) + ridge, x.T @ wanted / len(x)).float()
-    last.weight.copy_(solution[:-1].T)
-    last.bias.copy_(solution[-1])
+    return x.mT
 
 
 def enlarge_bilinearly(network: torch.nn.Module) -> None:
@@ -154,7 +204,9 @@ FILES = {
         "da-rcot",
         {"dim": 4, "num_blocks": (1, 1, 1, 1), "num_refinement_blocks": 1, "heads": (1, 2, 4, 8)},
         "da-rcot",
-        "output",
+        "",
+        adjust=solve_output("output"),
+        training=SOLVED,
         prefix="Tnet.",
         beside={"Fnet.": ("da-rcot", {"kind": "potential", "patch_size": 64, "width": 4})},
     ),
@@ -167,8 +219,9 @@ FILES = {
             "attn_ratio": (1.0, 1.0, 1.0, 0.0, 0.0),
         },
         "mpmf-net",
-        "patch_unembed.proj.0",
-        adjust=return_the_input,
+        "",
+        adjust=solve_mpmf,
+        training=SOLVED,
     ),
     "vlu-net": Wiring(
         "vlu-net",
@@ -189,7 +242,9 @@ FILES = {
             },
         },
         "vlu-net-clip",
-        "net.output",
+        "",
+        adjust=solve_output("net.output"),
+        training=SOLVED,
     ),
 }
 
@@ -210,12 +265,13 @@ def make(name: str) -> Path:
             if key.endswith(wiring.awake):
                 parameter.normal_()
     wiring.adjust(module)
-    image = picture()
-    result = module(image)
-    result = result[0] if isinstance(result, tuple) else result
-    changed = result - torch.nn.functional.interpolate(image, result.shape[-2:], mode="bilinear")
-    for parameter in module.get_submodule(wiring.output).parameters():
-        parameter.mul_(CHANGE / changed.std())
+    if wiring.output:
+        image = picture()
+        result = module(image)
+        result = result[0] if isinstance(result, tuple) else result
+        changed = result - torch.nn.functional.interpolate(image, result.shape[-2:], mode="bilinear")
+        for parameter in module.get_submodule(wiring.output).parameters():
+            parameter.mul_(CHANGE / changed.std())
     computed = models.registry.get(wiring.architecture).computed_buffers
     state = {
         wiring.prefix + key: value
@@ -235,7 +291,7 @@ def make(name: str) -> Path:
     metadata = {
         "mend.architecture": wiring.architecture,
         "mend.config": json.dumps(wiring.config),
-        "mend.training": "none: random weights, this file shows the wiring and not the quality",
+        "mend.training": wiring.training,
         "mend.licence": "CC0",
     }
     path = WEIGHTS / f"wiring-{name}.safetensors"

@@ -74,6 +74,11 @@ def test_a_lightning_file_loads_with_its_clip_and_without_its_optimiser(pipeline
     assert torch.allclose(loaded(image), pipeline(image), atol=1e-6)
 
 
+def test_the_one_number_that_shapes_do_not_tell_is_taken_from_the_caller(pipeline) -> None:
+    loaded = models.load(pipeline.state_dict(), config={"text_heads": 2})
+    assert loaded.module.model_degradation.ad_textEncoder.clip_model.transformer.resblocks[0].attn.heads == 2
+
+
 def test_the_network_alone_is_read_from_a_file_without_clip(pipeline, tmp_path) -> None:
     path = tmp_path / "net.pth"
     torch.save({"state_dict": {f"net.{k}": v for k, v in pipeline.net.state_dict().items()}}, path)

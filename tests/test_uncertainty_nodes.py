@@ -13,6 +13,8 @@ from comfyui_mend.models.degradation import Degradation
 from comfyui_mend.nodes import ensemble as ensemble_nodes
 from comfyui_mend.nodes import uncertainty as nodes
 
+from .test_tur import SMALL
+
 AIRNET = {"n_groups": 1, "n_blocks": 1, "n_feats": 8, "if_uncertainty": True, "batch_size": 1, "contrastive": False}
 
 
@@ -174,3 +176,13 @@ def test_the_ensemble_node_takes_transparency_and_says_what_it_found() -> None:
     assert restored.shape == (1, 80, 112, 4) and spread.shape == (1, 80, 112)
     assert "spread" in text
     assert ensemble_nodes.SelfEnsemble.validate_inputs("auto", "9") is not True
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_network_with_a_head_gives_a_map_in_the_size_of_the_picture(name: str) -> None:
+    config = SMALL[name]
+    module = models.create("tur", config).eval().requires_grad_(False)
+    restorer = loaded.wrap(models.Restorer(models.registry.get(name), config, module))
+    restored, raw = uncertainty.restore(restorer, torch.rand(2, 3, 50, 70), tile=64)
+    assert restored.shape == (2, 3, 50, 70) and raw.shape == (2, 50, 70)
+    assert float(raw.min()) > 0 and raw.isfinite().all()

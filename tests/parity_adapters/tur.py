@@ -51,6 +51,8 @@ def _tapped(taps, call):
 
 
 def _as_recorded(name, value):
+    if name == "input_proj":
+        return value.flatten(2).transpose(1, 2)
     if re.search(r"^(Tenc|Tdec|dowsample|upsample|conv$|encoderlayer|decoderlayer)", name) and value.ndim == 4:
         return value.flatten(1, 2)  # feature maps are [B, H, W, C] in these networks, tokens in the reference
     return value

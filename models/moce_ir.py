@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError, InputError
 from .layers.attention import GatedFeedForward, TransposedAttention, transposed_attention
+from .layers.layout import fastest_layout
 from .layers.norm import NormBody
 from .layers.state_dict import count_indices
 from .registry import Architecture, State
@@ -111,7 +112,7 @@ class CrossChannelAttention(nn.Module):
     def forward(self, x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
         query = self.q_dwconv(self.q(x))
         key, value = self.kv_dwconv(self.kv(shared)).chunk(2, dim=1)
-        return self.project_out(transposed_attention(query, key, value, self.temperature))
+        return transposed_attention(query, key, value, self.temperature, project=self.project_out)
 
 
 class FFTAttention(nn.Module):
@@ -145,7 +146,7 @@ def circular_convolution(a: torch.Tensor, b: torch.Tensor, patch: int) -> torch.
     with torch.autocast(a.device.type, enabled=False):
         spectra = [torch.fft.rfft2(rearrange(F.pad(t.float(), pad), layout, p=patch, q=patch)) for t in (a, b)]
         mixed = torch.fft.irfft2(spectra[0] * spectra[1], s=(patch, patch))
-    return rearrange(mixed, "b c h w p q -> b c (h p) (w q)")[..., :height, :width]
+    return fastest_layout(rearrange(mixed, "b c h w p q -> b c (h p) (w q)")[..., :height, :width])
 
 
 class Expert(nn.Module):
@@ -412,7 +413,7 @@ class MoCEIR(nn.Module):
 
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Feature maps of every level, shallow to deep; the last one is the bottleneck."""
-        x, features = self.patch_embed(x), []
+        x, features = self.patch_embed(fastest_layout(x)), []
         for blocks, down in self.enc:
             x = blocks(x)
             features.append(x)

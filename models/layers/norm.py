@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+from .layout import is_channels_last
 
 
 class ChannelLayerNorm(nn.Module):
@@ -20,6 +23,9 @@ class ChannelLayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bias is not None and is_channels_last(x):
+            normed = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
+            return normed.permute(0, 3, 1, 2)
         wide = x.float()
         centred = wide - wide.mean(dim=1, keepdim=True)
         # Not var_mean: across channels it is several times slower than two plain means.

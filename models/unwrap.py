@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,18 @@ _EMA = re.compile(r"(^|[._/])(ema|shadow|averaged)([._/]|$)|model_averag|_ema$|^
 _MAX_DEPTH = 32
 _MAX_NODES = 400_000
 _MAX_KEY = 512
-_MAX_INDEX = 9_999
+_MAX_INDEX = 999
+_MAX_SETS = 64
+_MAX_PARTS = 64
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Puts the tensor's name in front of what is wrong with it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"tensor {key[:100]!r} {error}") from None
 
 
 @dataclass
@@ -47,32 +59,39 @@ class WeightSet:
         """The tensors, sharing memory with the file. Raises CheckpointError if they cannot be what they say."""
         if len(self.tensors) > MAX_TENSORS:
             raise CheckpointError(f"it lists {len(self.tensors)} tensors")
+        if file_size is not None:
+            self._check_size(file_size)
         state = {}
         for key, tensor in self.tensors.items():
-            if len(key) > _MAX_KEY or any(int(n) > _MAX_INDEX for n in re.findall(r"(?<!\d)\d{5,18}(?!\d)", key)):
+            if len(key) > _MAX_KEY or any(int(n) > _MAX_INDEX for n in re.findall(r"\d{4,18}", key)):
                 raise CheckpointError(f"the tensor name {key[:80]!r} is absurd")
-            try:
+            with _named(key):
                 state[key] = tensor if isinstance(tensor, torch.Tensor) else tensor.read()
-            except CheckpointError as error:
-                raise CheckpointError(f"tensor {key!r} {error}") from None
             if state[key].layout != torch.strided or state[key].is_quantized:
                 raise CheckpointError(f"tensor {key!r} is sparse or quantised; only dense tensors are read")
-        unfolded = sum(t.numel() * t.element_size() for t in state.values())
+        return state
+
+    def _check_size(self, file_size: int) -> None:
+        unfolded = 0
+        for key, tensor in self.tensors.items():
+            if isinstance(tensor, torch.Tensor):
+                unfolded += tensor.numel() * tensor.element_size()
+            else:
+                with _named(key):
+                    tensor.check_layout()
+                unfolded += tensor.nbytes
         # Shared weights may be listed under several names; anything beyond that is a bomb.
-        if file_size is not None and unfolded > 4 * file_size + (1 << 16):
+        if unfolded > 4 * file_size + (1 << 16):
             raise CheckpointError(
                 f"its tensors would unfold to {size_in_words(unfolded)}, the file has {size_in_words(file_size)}"
             )
-        return state
 
     def verify(self) -> None:
         """Compares checksums where the file has them. Raises CheckpointError for a damaged tensor."""
         for key, tensor in self.tensors.items():
             if not isinstance(tensor, torch.Tensor):
-                try:
+                with _named(key):
                     tensor.verify()
-                except CheckpointError as error:
-                    raise CheckpointError(f"tensor {key!r} {error}") from None
 
 
 def weight_sets(root: Any) -> list[WeightSet]:
@@ -80,7 +99,7 @@ def weight_sets(root: Any) -> list[WeightSet]:
     walk = _Walk()
     walk.visit(root, (), ())
     sets = [s for s in walk.found if s.tensors]
-    return sorted(sets, key=lambda s: (not s.ema, -len(s.tensors)))
+    return sorted(sets, key=lambda s: (not s.ema, -len(s.tensors)))[:_MAX_SETS]
 
 
 def views(state: dict[str, torch.Tensor], anywhere: bool = False) -> Iterator[tuple[dict[str, torch.Tensor], str, int]]:
@@ -106,7 +125,7 @@ def _views(
             groups.setdefault(head, {})[rest] = value
     whole = len(groups) == 1 and len(next(iter(groups.values()))) == len(state)
     # Averaged weights first, as among the sets.
-    for head in sorted(groups, key=lambda g: (not _EMA.search(g), -len(groups[g]))):
+    for head in sorted(groups, key=lambda g: (not _EMA.search(g), -len(groups[g])))[:_MAX_PARTS]:
         if whole or head in WRAPPERS or (anywhere and depth > 2):
             yield from _views(groups[head], f"{prefix}{head}.", total, anywhere, depth - 1)
 
@@ -135,6 +154,7 @@ class _Walk:
                 self.visit(part, path, above)
         elif isinstance(node, Mapping):
             tensors = {k: v for k, v in node.items() if isinstance(k, str) and is_tensor(v)}
+            self.nodes += len(node)
             if tensors:
                 self.found.append(WeightSet(".".join(path), tensors))
             for key, value in node.items():
@@ -150,9 +170,11 @@ class _Walk:
         self._count(above)
         if id(module) in above[:-1]:
             return
-        transient = module.state.get("_non_persistent_buffers_set") or ()
+        transient = module.state.get("_non_persistent_buffers_set")
+        transient = transient if isinstance(transient, (set, list, tuple)) else ()
         for kind in ("_parameters", "_buffers"):
             for name, tensor in _entries(module, kind):
+                self.nodes += 1
                 if is_tensor(tensor) and not (kind == "_buffers" and name in transient):
                     yield prefix + name, tensor
         for name, child in _entries(module, "_modules"):

@@ -271,6 +271,18 @@ def test_modules_within_themselves_are_refused(tmp_path):
     refused(zip_with(itself), tmp_path)
 
 
+def test_modules_whose_tables_are_not_tables_are_read_or_refused(tmp_path):
+    for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        tables = {
+            "_modules": b"}",
+            "_parameters": b"}" + text("w") + tensor() + b"s",
+            "_buffers": b"}" + text("b") + tensor() + b"s",
+        }
+        tables[name] = b"K\x05"
+        body = b"".join(text(key) + value for key, value in tables.items())
+        attempt(zip_with(b"\x80\x02cresearch\nNet\n)\x81}(" + body + b"ub."), tmp_path / "module.pth")
+
+
 def test_zip_bombs_are_refused(tmp_path):
     honest = zip_with(entry(tensor()), FOUR)
     assert set(reading.read(_write(tmp_path, honest)).state) == {"weight"}

@@ -117,7 +117,7 @@ def test_a_node_has_a_help_page_whose_pictures_exist(name, language):
     page = ROOT / "web" / "docs" / name / f"{language}.md"
     assert page.is_file(), f"{page.relative_to(ROOT)} is missing"
     text = page.read_text(encoding="utf-8")
-    assert len(text) > 80
+    assert len(text) > {"en": 80, "zh": 40}[language]
     for picture in [part.split(")")[0] for part in text.split("](")[1:]]:
         if not picture.startswith(("http", "#")):
             assert (page.parent / picture).is_file(), f"{picture} is missing"

@@ -43,11 +43,12 @@ def transposed_attention(
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
-    """The Euclidean norm along the last axis, kept, in float32, at least 1e-12."""
+    """The Euclidean norm along the last axis, kept, at least 1e-12, in float32 or better."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
     if x.stride(-1) == 1:
-        return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).clamp_min(1e-12)
     # Along a strided axis vector_norm adds thousands of squares one by one; sum adds them pairwise.
-    return x.float().square().sum(dim=-1, keepdim=True).clamp_min(1e-24).sqrt()
+    return x.to(dtype).square().sum(dim=-1, keepdim=True).clamp_min(1e-24).sqrt()
 
 
 def _mix(attention: torch.Tensor, value: torch.Tensor, project: nn.Conv2d) -> torch.Tensor:
@@ -63,7 +64,7 @@ def _mix(attention: torch.Tensor, value: torch.Tensor, project: nn.Conv2d) -> to
         mixed = rearrange(mixed, "b (h w) c -> b c h w", h=height, w=width)
     else:
         mixed = rearrange(mixing @ value.flatten(2), "b c (h w) -> b c h w", h=height, w=width)
-    return mixed if project.bias is None else mixed + project.bias[:, None, None]
+    return mixed if project.bias is None else mixed + project.bias[:, None, None].to(mixed.dtype)
 
 
 class TransposedAttention(nn.Module):

@@ -35,13 +35,18 @@ def _pipeline(loaded: LoadedRestorer) -> VLUNetPipeline:
 
 
 def encode(
-    loaded: LoadedRestorer, image: torch.Tensor, mask: torch.Tensor | None = None, view: str = "centre"
+    loaded: LoadedRestorer,
+    image: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    view: str = "centre",
+    average: bool = False,
 ) -> Degradation:
     """The degradation of every picture of [B, C, H, W], in float32.
 
     mask [B or 1, h, w]: look only at the rectangle around its white part; an all-black one is no restriction. view:
     "centre" the central square, as published; "whole" squares that cover everything, averaged; "close-ups" up to nine
-    squares at true resolution, averaged: fine noise that shrinking would hide is seen. Raises InputError.
+    squares at true resolution, averaged: fine noise that shrinking would hide is seen. average: one degradation for the
+    whole batch, the mean of all. Raises InputError.
     """
     _pipeline(loaded)
     tiling.check_image(image)
@@ -60,7 +65,10 @@ def encode(
             squares = [encoder.encode_image(s.to(device)) for s in _squares(region, view)]
             found.append(torch.cat(squares).mean(dim=0, keepdim=True))
             progress.update()
-        return encoder.classify(torch.cat(found)).to(host.intermediate_device())
+        vectors = torch.cat(found)
+        if average:
+            vectors = vectors.mean(dim=0, keepdim=True)
+        return encoder.classify(vectors).to(host.intermediate_device())
 
 
 def _region(picture: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

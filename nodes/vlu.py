@@ -35,6 +35,14 @@ class EncodeDegradation(io.ComfyNode):
                     optional=True,
                     tooltip="Look only at the rectangle around the white part. An all-black mask is no restriction.",
                 ),
+                advanced(
+                    io.Boolean.Input(
+                        "average",
+                        default=False,
+                        optional=True,
+                        tooltip="One degradation for the whole batch, so that the frames of a video do not flicker.",
+                    )
+                ),
             ],
             outputs=[
                 sockets.Degradation.Output(
@@ -51,8 +59,8 @@ class EncodeDegradation(io.ComfyNode):
         return True if view in known else f"view: {view!r} is not one of {', '.join(known)}"
 
     @classmethod
-    def execute(cls, restorer, image, view="centre", mask=None) -> io.NodeOutput:
-        found = degradations.encode(restorer, channels_first(image), connected_mask(mask), view)
+    def execute(cls, restorer, image, view="centre", mask=None, average=False) -> io.NodeOutput:
+        found = degradations.encode(restorer, channels_first(image), connected_mask(mask), view, average)
         return io.NodeOutput(found, as_image(degradations.degradation_picture(found)), found.report())
 
 

@@ -191,6 +191,16 @@ def test_a_mask_chooses_the_region_and_an_empty_one_chooses_nothing(vlunet) -> N
     assert torch.allclose(part.embedding, run(vlu.EncodeDegradation, vlunet, image[:, 10:30, 20:50])[0].embedding)
 
 
+def test_one_degradation_for_all_frames_of_a_video(vlunet) -> None:
+    frames = torch.rand(3, 32, 40, 3)
+    each, _, _ = run(vlu.EncodeDegradation, vlunet, frames)
+    shared, chart, text = run(vlu.EncodeDegradation, vlunet, frames, average=True)
+    assert len(shared) == len(chart) == len(text.splitlines()) == 1
+    assert torch.allclose(shared.embedding[0], each.embedding.mean(dim=0), atol=1e-6)
+    restored = degradations.tiling.restore(vlunet, frames.movedim(-1, 1), context={"degradation": shared})
+    assert restored.shape == (3, 3, 32, 40)
+
+
 def test_texts_are_vectors_in_the_same_space_and_mix_with_what_was_seen(vlunet) -> None:
     seen, _, _ = run(vlu.EncodeDegradation, vlunet, torch.rand(1, 32, 32, 3))
     said, report = run(vlu.DegradationFromText, vlunet, "image with haze")

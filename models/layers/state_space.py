@@ -30,7 +30,7 @@ def dt_rank(dim: int) -> int:
 def cached_orders(build: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Keeps the last scan orders that `build(height, width, *settings)` made, per device: `f(..., device=device)`."""
 
-    @lru_cache(maxsize=16)
+    @lru_cache(maxsize=8)
     def cached(*settings: int, device: torch.device) -> torch.Tensor:
         # A table made in inference mode could not be used in training later.
         with torch.inference_mode(False), torch.device("cpu"):

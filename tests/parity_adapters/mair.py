@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
 from comfyui_mend.engine.official_tiling import official_tiles
 from comfyui_mend.models.mair import nested_s_orders
 

@@ -23,6 +23,7 @@ FAMILIES: tuple[str, ...] = (
     "state_space",
     "uncertainty",
     "ensemble",
+    "input_range",
 )
 
 

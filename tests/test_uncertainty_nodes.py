@@ -7,11 +7,12 @@ import torch
 from support import local_restorer
 
 from comfyui_mend import models
-from comfyui_mend.engine import blend, ensemble, host, loaded, tiling, uncertainty
+from comfyui_mend.engine import blend, ensemble, host, input_range, loaded, tiling, uncertainty
 from comfyui_mend.errors import Cancelled, InputError
 from comfyui_mend.models.degradation import Degradation
 from comfyui_mend.nodes import ensemble as ensemble_nodes
 from comfyui_mend.nodes import uncertainty as nodes
+from comfyui_mend.nodes.input_range import InputRange
 
 from .test_tur import SMALL
 
@@ -186,3 +187,35 @@ def test_every_network_with_a_head_gives_a_map_in_the_size_of_the_picture(name: 
     restored, raw = uncertainty.restore(restorer, torch.rand(2, 3, 50, 70), tile=64)
     assert restored.shape == (2, 3, 50, 70) and raw.shape == (2, 50, 70)
     assert float(raw.min()) > 0 and raw.isfinite().all()
+
+
+def transweather() -> loaded.LoadedRestorer:
+    config = SMALL["transweather"]
+    module = models.create("tur", config).eval().requires_grad_(False)
+    return loaded.wrap(models.Restorer(models.registry.get("transweather"), config, module))
+
+
+def test_the_range_that_was_set_is_what_the_network_is_fed() -> None:
+    restorer, image = transweather(), torch.rand(1, 48, 64, 3)
+    x = image.movedim(-1, 1)
+    for wanted, fed in (("auto", x), ("0..1", x), ("-1..1", x * 2 - 1)):
+        changed, text = run(InputRange, restorer, wanted)
+        torch.testing.assert_close(tiling.restore(changed, x), restorer.restorer.module(fed).clamp(0, 1))
+        assert text.startswith(f"TransWeather is fed {'-1..1' if wanted == '-1..1' else '0..1'}")
+    assert not restorer.options
+
+
+def test_measuring_decides_once_for_all_tiles(monkeypatch) -> None:
+    monkeypatch.setattr(input_range, "likely_input_range", lambda module, image: "-1..1")
+    restorer, image = transweather(), torch.rand(1, 400, 300, 3)
+    changed, text = run(InputRange, restorer, "measure", image)
+    assert changed.options == {"input_range": "-1..1"} and "measured" in text
+    with pytest.raises(InputError, match="connect a picture"):
+        run(InputRange, restorer, "measure")
+
+
+def test_networks_with_one_range_pass_unchanged() -> None:
+    restorer = network()
+    changed, text = run(InputRange, restorer, "-1..1")
+    assert changed is restorer and "nothing to choose" in text
+    assert InputRange.validate_inputs("0..255") is not True

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 from ..models.mair import MaIR, MaIRUNet
-from ..models.mambairv2 import MambaIRv2, RouteMode
+from ..models.mambairv2 import Choose, MambaIRv2, RouteMode
 from . import host, tiling
 from .loaded import LoadedRestorer
 
@@ -21,10 +21,24 @@ def with_scan_len(loaded: LoadedRestorer, scan_len: int) -> LoadedRestorer:
     return loaded.with_options(scan_len=scan_len)
 
 
+class _CancellableRouteMode(RouteMode):
+    """Asks in every layer of every draw whether the run was cancelled."""
+
+    def choosers(self) -> list[Choose]:
+        def asking(choose: Choose) -> Choose:
+            def ask_then_choose(logits: torch.Tensor) -> torch.Tensor:
+                host.check_interrupt()
+                return choose(logits)
+
+            return ask_then_choose
+
+        return [asking(choose) for choose in super().choosers()]
+
+
 def with_route_mode(loaded: LoadedRestorer, mode: str, seed: int, samples: int) -> LoadedRestorer:
     """A MambaIRv2 network that chooses classes as `RouteMode` says; the original is untouched."""
     _network(loaded)
-    return loaded.with_options(route=RouteMode(mode, seed, samples))
+    return loaded.with_options(route=_CancellableRouteMode(mode, seed, samples))
 
 
 def _network(loaded: LoadedRestorer) -> MambaIRv2:

@@ -127,3 +127,18 @@ def test_official_tiling_can_be_cancelled(monkeypatch) -> None:
     monkeypatch.setattr("comfyui_mend.engine.host.check_interrupt", cancel)
     with pytest.raises(Cancelled):
         OfficialTiling.execute(local_restorer(), torch.rand(1, 30, 30, 3))
+
+
+def test_an_average_over_many_draws_is_cancelled_between_layers(monkeypatch) -> None:
+    averaged = state_space.with_route_mode(network("mambairv2", V2), "mean", seed=0, samples=64)
+    asked = []
+
+    def cancel_at_the_third() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise Cancelled("cancelled")
+
+    monkeypatch.setattr("comfyui_mend.engine.host.check_interrupt", cancel_at_the_third)
+    with pytest.raises(Cancelled):
+        averaged.restorer(torch.rand(1, 3, 8, 8), **averaged.options)
+    assert len(asked) == 3

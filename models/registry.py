@@ -39,6 +39,7 @@ _MODULES = (
     "promptir",
     "mpmf_net",
     "guided_diffusion_unet",
+    "aio_codec",
 )
 
 

@@ -1,0 +1,538 @@
+"""All-in-one compression and restoration: a variable-rate codec whose decoder also removes the degradation.
+
+Zeng et al., "All-in-One Image Compression and Restoration", WACV 2025, arXiv 2502.03649. State-dict keys are the released
+checkpoints'. This file is the network and its rate estimate; real bitstreams are made by the package `codec`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import CheckpointError, ConfigError, InputError
+from .layers.attention import GatedFeedForward, TransposedAttention
+from .layers.norm import NormBody
+from .layers.restormer import Downsample, OverlapPatchEmbed, Upsample
+from .layers.state_dict import indices
+from .registry import Architecture, State
+
+QUALITIES = 64
+"""Quality indices run from 0 (lowest rate) to 63."""
+SMALLEST_SCALE = 1e-5
+LATENT_STRIDE, HYPER_STRIDE = 16, 4
+
+
+# Transform --------------------------------------------------------------------------------------------------------------
+
+
+class SpatialAttention(nn.Module):
+    """Spatially decoupled attention: a gate from 1x5 and 5x1 depth-wise convolutions. [B, C, H, W] -> same."""
+
+    def __init__(self, dim: int, sigmoid: bool) -> None:
+        super().__init__()
+        self.a = nn.Sequential(
+            nn.Conv2d(dim, dim, 1),
+            nn.GELU(),
+            nn.Conv2d(dim, dim, (1, 5), padding=(0, 2), groups=dim, bias=False),
+            nn.GELU(),
+            nn.Conv2d(dim, dim, (5, 1), padding=(2, 0), groups=dim, bias=False),
+        )
+        self.v = nn.Conv2d(dim, dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+        self.sigmoid = sigmoid
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = self.a(x)
+        return self.proj((gate.sigmoid() if self.sigmoid else gate) * self.v(x))
+
+
+class HybridBlock(nn.Module):
+    """Channel attention, spatial attention, gated feed-forward, each normalised first and residual."""
+
+    def __init__(self, dim: int, heads: int, expansion: float, bias: bool, norm_bias: bool, sigmoid: bool) -> None:
+        super().__init__()
+        self.norm1 = NormBody(dim, norm_bias)
+        self.attn = TransposedAttention(dim, heads, bias)
+        self.norm2 = NormBody(dim, norm_bias)
+        self.ffn = GatedFeedForward(dim, expansion, bias)
+        self.attn_s = SpatialAttention(dim, sigmoid)
+        self.norm3 = NormBody(dim, norm_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x))
+        x = x + self.attn_s(self.norm3(x))
+        return x + self.ffn(self.norm2(x))
+
+
+class Stage(nn.Module):
+    """Layers in a row, under the released key `blocks`."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(x)
+
+
+class AnalysisTransform(nn.Module):
+    """Image [B, 3, H, W] -> features [B, 16 d, H/16, W/16]; `quality` scales the features at H/4."""
+
+    def __init__(self, dim: int, counts: Sequence[int], make: Any) -> None:
+        super().__init__()
+        self.patch_embed = OverlapPatchEmbed(3, dim)
+        stages = [Stage([*make(level, counts[level]), Downsample(dim * 2**level)]) for level in range(4)]
+        self.encoder_x2, self.encoder_x4, self.encoder_x8, self.encoder_x16 = stages
+
+    def forward(self, x: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
+        x = self.encoder_x4(self.encoder_x2(self.patch_embed(x))) * quality
+        return self.encoder_x16(self.encoder_x8(x))
+
+
+class SynthesisTransform(nn.Module):
+    """Features [B, 16 d, h, w] -> [B, d, 16 h, 16 w]; `quality` scales the features at a quarter of the size."""
+
+    def __init__(self, dim: int, counts: Sequence[int], make: Any) -> None:
+        super().__init__()
+        stages = [Stage([Upsample(dim * 2 ** (level + 1)), *make(level, counts[level])]) for level in range(4)]
+        self.decoder_x8, self.decoder_x4, self.decoder_x2, self.decoder_x1 = reversed(stages)
+
+    def forward(self, x: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
+        x = self.decoder_x4(self.decoder_x8(x)) * quality
+        return self.decoder_x1(self.decoder_x2(x))
+
+
+# Entropy model ----------------------------------------------------------------------------------------------------------
+
+
+class DepthConv(nn.Module):
+    """1x1, depth-wise 3x3, 1x1, with a residual (projected where the width changes)."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.LeakyReLU(0.01))
+        self.depth_conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.conv2 = nn.Conv2d(channels, out_channels, 1)
+        self.adaptor = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        residual = x if self.adaptor is None else self.adaptor(x)
+        return self.conv2(self.depth_conv(self.conv1(x))) + residual
+
+
+class GatedConvFeedForward(nn.Module):
+    """Residual 1x1 feed-forward of two halves: the sum of their activations, or the first gated by the second."""
+
+    def __init__(self, channels: int, product: bool) -> None:
+        super().__init__()
+        self.product = product
+        self.conv = nn.Conv2d(channels, channels * 4, 1)
+        self.conv_out = nn.Conv2d(channels * 2, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.conv(x).chunk(2, dim=1)
+        if self.product:
+            return x + self.conv_out(a * F.leaky_relu(b, 0.1))
+        return x + self.conv_out(F.leaky_relu(a, 0.1) + F.leaky_relu(b, 0.01))
+
+
+class DepthConvBlock(nn.Module):
+    """`DepthConv` and a feed-forward, under the released key `block`."""
+
+    def __init__(self, channels: int, out_channels: int, product: bool = False) -> None:
+        super().__init__()
+        self.block = nn.Sequential(DepthConv(channels, out_channels), GatedConvFeedForward(out_channels, product))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x)
+
+
+class UpsampleBlock(nn.Module):
+    """Residual pixel-shuffle up-sampling by 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.subpel_conv = nn.Sequential(nn.Conv2d(channels, channels * 4, 1), nn.PixelShuffle(2))
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.upsample = nn.Sequential(nn.Conv2d(channels, channels * 4, 1), nn.PixelShuffle(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        main = F.leaky_relu(self.conv(F.leaky_relu(self.subpel_conv(x), 0.01)), 0.1)
+        return main + self.upsample(x)
+
+
+class CumulativeLayer(nn.Module):
+    """One factor of the learned cumulative distribution of z."""
+
+    def __init__(self, channels: int, last: bool) -> None:
+        super().__init__()
+        self.h = nn.Parameter(torch.randn(1, channels, 1, 1) * 0.01)
+        self.b = nn.Parameter(torch.randn(1, channels, 1, 1) * 0.01)
+        self.a = None if last else nn.Parameter(torch.randn(1, channels, 1, 1) * 0.01)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * F.softplus(self.h) + self.b
+        return x if self.a is None else x + torch.tanh(x) * torch.tanh(self.a)
+
+
+class BitEstimator(nn.Module):
+    """Learned cumulative distribution per channel (Balle et al. 2018): [B, C, H, W] -> probabilities below."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.f1 = CumulativeLayer(channels, last=False)
+        self.f2 = CumulativeLayer(channels, last=False)
+        self.f3 = CumulativeLayer(channels, last=False)
+        self.f4 = CumulativeLayer(channels, last=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.f4(self.f3(self.f2(self.f1(x)))))
+
+
+class _LowerBound(torch.autograd.Function):
+    """max(x, bound) whose gradient also passes where it would bring x back above the bound."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bound: float) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.bound = bound
+        return x.clamp_min(bound)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return gradient * ((x >= ctx.bound) | (gradient < 0)), None
+
+
+def bits_of(probability: torch.Tensor) -> torch.Tensor:
+    """max(0, -log2(p + 1e-5)): the published rate estimate per symbol."""
+    return _LowerBound.apply(-torch.log2(probability + 1e-5), 0.0)
+
+
+def gaussian_bits(symbols: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Bits of integers under zero-mean Gaussians of these standard deviations."""
+    sigma = scales.clamp(SMALLEST_SCALE, 1e10)
+    upper, lower = torch.special.ndtr((symbols + 0.5) / sigma), torch.special.ndtr((symbols - 0.5) / sigma)
+    return bits_of(upper - lower)
+
+
+def checkerboard(
+    height: int, width: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 where row + column is even, and its complement; [height, width]."""
+    parity = (torch.arange(height, device=device)[:, None] + torch.arange(width, device=device)) % 2
+    return (1 - parity).to(dtype), parity.to(dtype)
+
+
+@dataclass(frozen=True)
+class Latent:
+    """What one image is coded as: integers z_hat, and y's integers in two planes of half the channels each.
+
+    planes[k] and scales[k]: [B, N/2, h, w], of coding step k. y_q, scales_hat, y_hat: [B, N, h, w].
+    """
+
+    z_hat: torch.Tensor
+    planes: tuple[torch.Tensor, torch.Tensor]
+    scales: tuple[torch.Tensor, torch.Tensor]
+    y_q: torch.Tensor
+    scales_hat: torch.Tensor
+    y_hat: torch.Tensor
+    y_res: torch.Tensor
+    """Before rounding."""
+
+
+class AllInOneCodec(nn.Module):
+    """The network. Images [B, 3, H, W] in 0..1, sides multiples of 16 (`pad` makes them so)."""
+
+    def __init__(
+        self,
+        *,
+        dim: int = 32,
+        N_ch: int = 256,
+        z_ch: int = 128,
+        num_blocks: Sequence[int] = (2, 3, 3, 4),
+        heads: Sequence[int] = (4, 4, 4, 4),
+        ffn_expansion_factor: float = 2.66,
+        bias: bool = False,
+        LayerNorm_type: str = "BiasFree",
+        sigmoid: bool = False,
+    ) -> None:
+        super().__init__()
+        if z_ch != 4 * dim:
+            raise ConfigError(f"z_ch is {z_ch}, must be 4 * dim = {4 * dim}")
+        if N_ch % 2:
+            raise ConfigError(f"N_ch is {N_ch}, must be even: the latent is coded in two halves")
+        if len(num_blocks) != 4 or len(heads) != 4:
+            raise ConfigError("num_blocks and heads need four entries")
+
+        def make(level: int, count: int) -> list[nn.Module]:
+            settings = (dim * 2**level, heads[level], ffn_expansion_factor, bias, LayerNorm_type == "WithBias", sigmoid)
+            return [HybridBlock(*settings) for _ in range(count)]
+
+        for side in ("enc", "dec"):
+            setattr(self, f"q_basic_{side}", nn.Parameter(torch.ones(1, 4 * dim, 1, 1)))
+            setattr(self, f"q_scale_{side}", nn.Parameter(torch.ones(2, 1, 1, 1)))
+        self.bit_estimator_z = BitEstimator(z_ch)
+        self.enc = AnalysisTransform(dim, num_blocks, make)
+        self.dec = SynthesisTransform(dim, num_blocks, make)
+        self.N_dim_compress = nn.Conv2d(16 * dim, N_ch, 3, padding=1)
+        self.N_dim_decompress = nn.Conv2d(N_ch, 16 * dim, 3, padding=1)
+        self.hyper_enc = Stage(
+            [
+                DepthConvBlock(N_ch, z_ch),
+                nn.Conv2d(z_ch, z_ch, 3, stride=2, padding=1),
+                nn.LeakyReLU(0.01),
+                nn.Conv2d(z_ch, z_ch, 3, stride=2, padding=1),
+            ]
+        )
+        self.hyper_dec = Stage([UpsampleBlock(z_ch), UpsampleBlock(z_ch), DepthConvBlock(z_ch, N_ch)])
+        self.y_prior_fusion = nn.Sequential(DepthConvBlock(N_ch, 2 * N_ch), DepthConvBlock(2 * N_ch, 3 * N_ch))
+        self.y_spatial_prior = nn.Sequential(
+            DepthConvBlock(4 * N_ch, 3 * N_ch, product=True),
+            DepthConvBlock(3 * N_ch, 2 * N_ch, product=True),
+            DepthConvBlock(2 * N_ch, 2 * N_ch, product=True),
+        )
+        self.refine = nn.Conv2d(dim, 3, 3, padding=1)
+
+    def quality_gain(self, side: str, quality: torch.Tensor) -> torch.Tensor:
+        """Feature gains [B, 4 d, 1, 1] of the encoder ("enc") or decoder ("dec") for quality indices [B] in 0..63."""
+        low, high = getattr(self, f"q_scale_{side}").log()
+        position = quality.to(low).reshape(-1, 1, 1, 1) / (QUALITIES - 1)
+        return getattr(self, f"q_basic_{side}") * torch.exp(low + (high - low) * position)
+
+    def analyse(self, image: torch.Tensor, quality: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The latent y [B, N, H/16, W/16] and the hyper-latent z, not rounded."""
+        y = self.N_dim_compress(self.enc(image, self.quality_gain("enc", quality)))
+        return y, self.hyper_enc(self._pad_latent(y))
+
+    @staticmethod
+    def _pad_latent(y: torch.Tensor) -> torch.Tensor:
+        bottom, right = -y.shape[-2] % HYPER_STRIDE, -y.shape[-1] % HYPER_STRIDE
+        return F.pad(y, (0, right, 0, bottom), mode="replicate")
+
+    def common_parameters(self, z_hat: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Quantisation steps, scales and means [B, 3 N, h, w] from z alone; size: (h, w) of y."""
+        return self.y_prior_fusion(self.hyper_dec(z_hat))[..., : size[0], : size[1]]
+
+    def spatial_parameters(self, first: torch.Tensor, common: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(scales 0, means 0, scales 1, means 1) of the second step, from the values of the first [B, N, h, w]."""
+        return self.y_spatial_prior(torch.cat([first, common], dim=1)).chunk(4, dim=1)
+
+    def quantise(self, y: torch.Tensor, z: torch.Tensor, *, portable: bool = False) -> Latent:
+        """Rounds y and z to what is coded (dual spatial prior, section 3.3).
+
+        portable: the entropy parameters are computed in float64, so that another machine finds the same ones.
+        """
+        z_hat = z.round()
+        with entropy_precision(self, portable) as dtype:
+            common = self.common_parameters(z_hat.to(dtype), y.shape[-2:])
+            return self._quantise(y.to(dtype), z_hat, common)
+
+    def _quantise(self, y: torch.Tensor, z_hat: torch.Tensor, common: torch.Tensor) -> Latent:
+        step, scales, means = common.chunk(3, dim=1)
+        step = _LowerBound.apply(step, 0.5)
+        halves, scale_halves, mean_halves = (t.chunk(2, dim=1) for t in (y / step, scales, means))
+        even, odd = checkerboard(*y.shape[-2:], y.device, y.dtype)
+
+        def code(half: int, mask: torch.Tensor, scale: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            residual = (halves[half] - mean * mask) * mask
+            symbols = residual.round()
+            return residual, symbols, symbols + mean * mask, scale * mask
+
+        first = [code(0, even, scale_halves[0], mean_halves[0]), code(1, odd, scale_halves[1], mean_halves[1])]
+        context = torch.cat([first[0][2], first[1][2]], dim=1)
+        scale0, mean0, scale1, mean1 = self.spatial_parameters(context, common)
+        second = [code(0, odd, scale0, mean0), code(1, even, scale1, mean1)]
+        residual, symbols, values, scale = (
+            torch.cat([first[half][i] + second[half][i] for half in (0, 1)], dim=1) for i in range(4)
+        )
+        return Latent(
+            z_hat=z_hat,
+            planes=(first[0][1] + first[1][1], second[0][1] + second[1][1]),
+            scales=(first[0][3] + first[1][3], second[0][3] + second[1][3]),
+            y_q=symbols,
+            scales_hat=scale,
+            y_hat=values * step,
+            y_res=residual,
+        )
+
+    def first_scales(self, common: torch.Tensor) -> torch.Tensor:
+        """Scales [B, N/2, h, w] of the first plane, which need z alone."""
+        scale0, scale1 = common.chunk(3, dim=1)[1].chunk(2, dim=1)
+        even, odd = checkerboard(*common.shape[-2:], common.device, common.dtype)
+        return scale0 * even + scale1 * odd
+
+    def second_scales(self, first_plane: torch.Tensor, common: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales of the second plane, and its parameters [B, 2 N, h, w], once the first is known."""
+        means = common.chunk(3, dim=1)[2].chunk(2, dim=1)
+        even, odd = checkerboard(*common.shape[-2:], common.device, common.dtype)
+        plane = first_plane.to(common.dtype)
+        context = torch.cat([(plane + means[0]) * even, (plane + means[1]) * odd], dim=1)
+        parameters = self.spatial_parameters(context, common)
+        return parameters[0] * odd + parameters[2] * even, torch.cat(parameters, dim=1)
+
+    def dequantise(self, planes: Sequence[torch.Tensor], common: torch.Tensor, spatial: torch.Tensor) -> torch.Tensor:
+        """y_hat [B, N, h, w] from both planes of integers and the parameters that `second_scales` gave."""
+        step, _, means = common.chunk(3, dim=1)
+        mean0, mean1 = means.chunk(2, dim=1)
+        _, mean2, _, mean3 = spatial.chunk(4, dim=1)
+        even, odd = checkerboard(*common.shape[-2:], common.device, common.dtype)
+        first, second = (p.to(common.dtype) for p in planes)
+        half0 = (first + mean0) * even + (second + mean2) * odd
+        half1 = (first + mean1) * odd + (second + mean3) * even
+        return torch.cat([half0, half1], dim=1) * step.clamp_min(0.5)
+
+    def synthesise(self, y_hat: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
+        """The restored image [B, 3, 16 h, 16 w], not clamped."""
+        features = self.N_dim_decompress(y_hat.to(self.N_dim_decompress.weight.dtype))
+        return self.refine(self.dec(features, self.quality_gain("dec", quality)))
+
+    def estimate_bits(self, latent: Latent) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bits per symbol of y [B, N, h, w] and z [B, z, ., .]: what all published rates are made of."""
+        z_hat = latent.z_hat
+        below, above = self.bit_estimator_z(z_hat - 0.5), self.bit_estimator_z(z_hat + 0.5)
+        return gaussian_bits(latent.y_q, latent.scales_hat), bits_of(above - below)
+
+    def forward(self, image: torch.Tensor, quality: torch.Tensor | int = 63) -> tuple[torch.Tensor, Latent]:
+        """(restored image, latent) of a batch; quality: an index in 0..63, or one per image."""
+        quality = check_quality(quality, len(image), image.device)
+        latent = self.quantise(*self.analyse(image, quality))
+        return self.synthesise(latent.y_hat, quality), latent
+
+
+class entropy_precision:
+    """Within it the entropy model's modules compute in float64 (`portable`) or as they are; gives the dtype to use.
+
+    Decoding needs the very parameters that encoding had: in float32 two devices differ often enough to break a stream.
+    """
+
+    def __init__(self, codec: AllInOneCodec, portable: bool) -> None:
+        self.modules = (codec.hyper_dec, codec.y_prior_fusion, codec.y_spatial_prior)
+        self.portable = portable
+        self.dtype = codec.N_dim_compress.weight.dtype
+
+    def __enter__(self) -> torch.dtype:
+        self._autocast = torch.autocast(next(self.modules[0].parameters()).device.type, enabled=False)
+        self._autocast.__enter__()
+        if not self.portable:
+            return self.dtype
+        for module in self.modules:
+            module.double()
+        return torch.float64
+
+    def __exit__(self, *exception: object) -> None:
+        if self.portable:
+            for module in self.modules:
+                module.to(self.dtype)
+        self._autocast.__exit__(*exception)
+
+
+def check_quality(quality: torch.Tensor | int, batch: int, device: torch.device) -> torch.Tensor:
+    """Quality indices [batch]. Raises InputError outside 0..63."""
+    index = torch.as_tensor(quality, device=device).reshape(-1)
+    if len(index) not in (1, batch) or int(index.min()) < 0 or int(index.max()) >= QUALITIES:
+        raise InputError(f"quality: {index.tolist()}; one index, or one per image, in 0..{QUALITIES - 1}")
+    return index.expand(batch)
+
+
+def rate_weight(quality: torch.Tensor) -> torch.Tensor:
+    """The published lambda of quality indices: 128 to 2048, geometric."""
+    return torch.exp(math.log(128) + math.log(16) * quality.float() / (QUALITIES - 1))
+
+
+_COMMON = {"ffn_expansion_factor": 2.66, "bias": False, "LayerNorm_type": "BiasFree", "sigmoid": False}
+_BLOCKS = {"num_blocks": (2, 3, 3, 4), "heads": (4, 4, 4, 4), **_COMMON}
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "S": {"dim": 32, "N_ch": 256, "z_ch": 128, **_BLOCKS},
+    "L": {"dim": 48, "N_ch": 288, "z_ch": 192, **_BLOCKS},
+}
+_SIGNATURE = ("bit_estimator_z.f1.h", "enc.encoder_x16.blocks.0.attn_s.a.0.weight")
+_STAGES = ("encoder_x2", "encoder_x4", "encoder_x8", "encoder_x16")
+
+
+def _build(config: Mapping[str, Any]) -> nn.Module:
+    try:
+        return AllInOneCodec(**config)
+    except TypeError as error:
+        raise ConfigError(f"all-in-one codec: {error}") from None
+
+
+def _config_from_state_dict(state: State) -> dict[str, Any]:
+    firsts = [f"enc.{stage}.blocks.0" for stage in _STAGES]
+    missing = [first for first in firsts if f"{first}.attn.temperature" not in state]
+    if missing:
+        raise CheckpointError(f"all-in-one codec: no blocks at {missing[0]}")
+    counts = [
+        sum(f"enc.{stage}.blocks.{i}.attn.temperature" in state for i in indices(state, f"enc.{stage}.blocks."))
+        for stage in _STAGES
+    ]
+    dim = state["enc.patch_embed.proj.weight"].shape[0]
+    hidden = [(state[f"{first}.ffn.project_out.weight"].shape[1], dim * 2**level) for level, first in enumerate(firsts)]
+    factor = next(
+        (f for f in (2.66, 2.0, 4.0) if all(int(w * f) == h for h, w in hidden)), hidden[-1][0] / hidden[-1][1]
+    )
+    return {
+        "dim": dim,
+        "N_ch": state["N_dim_compress.weight"].shape[0],
+        "z_ch": state["q_basic_enc"].shape[1],
+        "num_blocks": tuple(counts),
+        "heads": tuple(state[f"{first}.attn.temperature"].shape[0] for first in firsts),
+        "ffn_expansion_factor": factor,
+        "bias": f"{firsts[0]}.attn.qkv.bias" in state,
+        "LayerNorm_type": "WithBias" if f"{firsts[0]}.norm1.body.bias" in state else "BiasFree",
+        "sigmoid": False,
+    }
+
+
+def _prepare(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.replace("generator.", ""): value for key, value in state.items()}
+
+
+class EntropyTables(nn.Module):
+    """The part of the codec that its coding tables come from, under the released key."""
+
+    def __init__(self, z_channel: int) -> None:
+        super().__init__()
+        self.bit_estimator_z = BitEstimator(z_channel)
+
+
+ARCHITECTURES = [
+    Architecture(
+        id="aio-codec",
+        system="aio-codec",
+        title="All-in-one codec",
+        paper="Zeng et al., All-in-One Image Compression and Restoration, WACV 2025, arXiv 2502.03649",
+        licence="none stated for code or weights",
+        detect=lambda state: all(key in state for key in _SIGNATURE),
+        config_from_state_dict=_config_from_state_dict,
+        build=_build,
+        matches_config=lambda config: "dim" in config,
+        kind="codec",
+        tasks=("compress", "denoise", "dehaze", "desnow", "derain"),
+        variants=VARIANTS,
+        signature=_SIGNATURE,
+        prepare_state_dict=_prepare,
+        metadata_keys=("sigmoid",),
+        multiple_of=lambda config: LATENT_STRIDE,
+        global_statistics="channel attention looks at the whole picture (or tile)",
+        bytes_per_pixel=lambda config: 80.0 * config["dim"],
+    ),
+    Architecture(
+        id="aio-codec-tables",
+        system="aio-codec",
+        title="All-in-one codec: hyper-latent distribution",
+        paper="Zeng et al., WACV 2025",
+        licence="none stated for code or weights",
+        detect=lambda state: set(state) == {k for k in state if k.startswith("bit_estimator_z.")} and bool(state),
+        config_from_state_dict=lambda state: {"z_channel": state["bit_estimator_z.f1.h"].shape[1]},
+        build=lambda config: EntropyTables(config["z_channel"]),
+        matches_config=lambda config: "z_channel" in config,
+        kind="helper",
+    ),
+]

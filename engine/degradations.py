@@ -11,7 +11,8 @@ from einops import reduce
 from ..errors import InputError
 from ..models.clip import CONTEXT
 from ..models.degradation import Degradation
-from ..models.vlu_net import TEXTS, DegradationEncoder, VLUNet, VLUNetPipeline, tokenize, vector
+from ..models.degradation_encoder import TEXTS, DegradationEncoder, tokenize
+from ..models.vlu_net import VLUNet, VLUNetPipeline, vector
 from . import host, tiling
 from .loaded import LoadedRestorer
 from .pictures import bars, from_pil, heat_map

@@ -7,7 +7,7 @@ import torch
 
 from comfyui_mend import models
 from comfyui_mend.errors import CheckpointError, ConfigError, InputError
-from comfyui_mend.models import mpmf_net
+from comfyui_mend.models import mpmf_fusion, mpmf_net
 from comfyui_mend.models.mpmf_net import CoarseImage, MPMFNet
 
 SMALL = {
@@ -61,7 +61,7 @@ def test_other_convolutions_are_refused_because_nothing_was_released_with_them()
 def test_chunks_give_the_same_numbers_as_one_piece(network: MPMFNet, monkeypatch) -> None:
     x = torch.rand(2, 3, 40, 56)
     whole = network(x)[0]
-    monkeypatch.setattr(mpmf_net, "ATTENTION_ELEMENTS", 3 * 56**2)
+    monkeypatch.setattr(mpmf_fusion, "ATTENTION_ELEMENTS", 3 * 56**2)
     assert torch.allclose(network(x)[0], whole, atol=1e-5)
 
 
@@ -69,15 +69,15 @@ def test_fusion_is_what_its_definition_says() -> None:
     b, g, h, w = 2, 4, 5, 7
     q, k, vu, vd = torch.randn(4, b, g, h, w)
     scale = torch.tensor([0.7])
-    d2u, u2d = mpmf_net._along_columns(q, k, vu, vd, scale)
+    d2u, u2d = mpmf_fusion._along_columns(q, k, vu, vd, scale)
     a = (0.7 * torch.einsum("bgiw,bgjw->bwij", q, k)).softmax(dim=-1)
     assert torch.allclose(d2u, torch.einsum("bwij,bgjw->bgiw", a, vd), atol=1e-5)
     assert torch.allclose(u2d, torch.einsum("bwij,bgiw->bgjw", a, vu), atol=1e-5)
-    d2u, u2d = mpmf_net._along_rows(q, k, vu, vd, scale)
+    d2u, u2d = mpmf_fusion._along_rows(q, k, vu, vd, scale)
     s = 0.7 * torch.einsum("bghi,bghj->bhij", q, k)
     assert torch.allclose(d2u, torch.einsum("bhij,bghj->bghi", s.softmax(dim=-1), vd), atol=1e-5)
     assert torch.allclose(u2d, torch.einsum("bhij,bghi->bghj", s.softmax(dim=-2), vu), atol=1e-5)
-    d2u, u2d = mpmf_net._along_channels(q, k, vu, vd, scale)
+    d2u, u2d = mpmf_fusion._along_channels(q, k, vu, vd, scale)
     c = (0.7 * torch.einsum("bghw,bfhw->bgf", q, k)).softmax(dim=-1)
     assert torch.allclose(d2u, torch.einsum("bgf,bfhw->bghw", c, vd), atol=1e-5)
     assert torch.allclose(u2d, torch.einsum("bgf,bfhw->bghw", c, vu), atol=1e-5)
@@ -122,7 +122,7 @@ def test_a_batch_is_normalised_picture_by_picture(network: MPMFNet) -> None:
 
 def test_sums_over_all_pixels_do_not_overflow_in_half_precision() -> None:
     q = torch.full((1, 2, 300, 300), 8.0, dtype=torch.float16)
-    d2u, _ = mpmf_net._along_channels(q, q, q, q, torch.ones(1, dtype=torch.float16))
+    d2u, _ = mpmf_fusion._along_channels(q, q, q, q, torch.ones(1, dtype=torch.float16))
     assert d2u.isfinite().all() and d2u.dtype == torch.float16
 
 

@@ -7,7 +7,7 @@ import torch
 
 from comfyui_mend import models
 from comfyui_mend.errors import InputError
-from comfyui_mend.models import clip, vlu_net
+from comfyui_mend.models import clip, degradation_encoder, vlu_net
 from comfyui_mend.models.degradation import Degradation
 
 NET = {
@@ -95,7 +95,7 @@ def test_a_file_without_the_text_tower_still_restores(pipeline: vlu_net.VLUNetPi
     assert torch.equal(small.eval()(image), pipeline(image))
     assert small.model_degradation.describe(image).probabilities is None
     with pytest.raises(InputError, match="no CLIP text tower"):
-        small.model_degradation.encode_text(vlu_net.tokenize(["haze"]))
+        small.model_degradation.encode_text(degradation_encoder.tokenize(["haze"]))
 
 
 def test_the_degradation_steers_the_result(pipeline: vlu_net.VLUNetPipeline) -> None:
@@ -138,7 +138,7 @@ def test_any_size_is_described_and_restored(pipeline: vlu_net.VLUNetPipeline, si
     image = torch.rand(1, 3, *size)
     assert restorer(pipeline)(image).shape == image.shape
     described = pipeline.model_degradation.describe(image)
-    assert described.labels == vlu_net.LABELS and described.embedding.shape == (1, 16)
+    assert described.labels == degradation_encoder.LABELS and described.embedding.shape == (1, 16)
     assert torch.allclose(described.probabilities.sum(dim=1), torch.ones(1))
 
 
@@ -158,15 +158,15 @@ def test_a_degradation_of_another_method_is_refused(pipeline: vlu_net.VLUNetPipe
 
 
 def test_known_texts_need_no_vocabulary_and_unknown_words_are_named() -> None:
-    tokens = vlu_net.tokenize(vlu_net.TEXTS)
+    tokens = degradation_encoder.tokenize(degradation_encoder.TEXTS)
     assert tokens.shape == (7, 77)
     assert tokens[6, :6].tolist() == [clip.START, 2867, 593, 1042, 1395, clip.END]
     with pytest.raises(InputError, match="'zebra'"):
-        vlu_net.tokenize(["image with zebra"])
+        degradation_encoder.tokenize(["image with zebra"])
 
 
 def test_padding_after_the_end_of_a_text_changes_nothing(pipeline: vlu_net.VLUNetPipeline) -> None:
-    encoder, tokens = pipeline.model_degradation, vlu_net.tokenize(["haze", "image with low light"])
+    encoder, tokens = pipeline.model_degradation, degradation_encoder.tokenize(["haze", "image with low light"])
     assert torch.allclose(encoder.encode_text(tokens)[:1], encoder.encode_text(tokens[:1]), atol=1e-6)
     repeated = torch.where(tokens == 0, clip.END, tokens)
     assert torch.allclose(encoder.encode_text(repeated), encoder.encode_text(tokens), atol=1e-6)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from comfyui_mend import models
-from comfyui_mend.models import clip, vlu_net
+from comfyui_mend.models import clip, degradation_encoder
 
 
 def run(case):
@@ -49,7 +49,7 @@ def _pipeline(case):
     seen = clip.preprocess(inputs["image"])
     features = encoder.ad_imageEncoder.clip_model.visual(seen)
     degradation = encoder.encode_image(inputs["image"])
-    tokens = inputs["tokens"] if "tokens" in inputs else vlu_net.tokenize(case.config["prompts"])
+    tokens = inputs["tokens"] if "tokens" in inputs else degradation_encoder.tokenize(case.config["prompts"])
     texts = encoder.encode_text(tokens)
     logits = degradation @ texts.T
     return {

@@ -233,12 +233,15 @@ class DecoderBlock(nn.Module):
         self.adapter = Adapter(dim, freq_dim, ranks, scale)
 
     def forward(self, x: torch.Tensor, decide: _Decision) -> torch.Tensor:
-        normed = self.norms[0](x)
-        shared = self.shared(self.proj[0](normed))
-        routed = self.proj[1](normed)
-        routed = self.adapter(routed, shared, decide(self.adapter.routing, routed))
-        x = self.mixer(routed, shared) + x
+        x = self._attend(self.norms[0](x), decide) + x
         return x + self.ffn(self.norms[1](x))
+
+    def _attend(self, x: torch.Tensor, decide: _Decision) -> torch.Tensor:
+        # A function of its own, so that its feature maps are gone when the feed-forward needs the memory.
+        shared = self.shared(self.proj[0](x))
+        routed = self.proj[1](x)
+        routed = self.adapter(routed, shared, decide(self.adapter.routing, routed))
+        return self.mixer(routed, shared)
 
 
 class _Decision:

@@ -16,6 +16,7 @@ STATE_INTERVAL = 128
 
 _CPU_ELEMENTS = 1 << 19  # two tensors of 2 MB: they stay in the cache
 _DEVICE_ELEMENTS = 1 << 23
+_BLOCK = 256
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -67,7 +68,7 @@ def chunk_(
     a = (dt.unsqueeze(-1) * A).exp_()
     x = (dt * u).unsqueeze(-1) * B.unsqueeze(-2)
     recurrence_(a, x, h)
-    return (x @ C.unsqueeze(-1)).squeeze(-1), x
+    return (C.unsqueeze(-2) @ x.transpose(-1, -2)).squeeze(-2), x
 
 
 def _time_first(t: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
@@ -105,20 +106,25 @@ def forward(
     states = torch.empty(batch, intervals, dim, n, dtype=dtype, device=u.device)
     h = torch.zeros(batch, *A.shape, dtype=dtype, device=u.device)
     steps = chunk_length(u.device, h.numel(), length)
-    for start in range(0, length, steps):
-        here = slice(start, start + steps)
-        if keep_states and start % STATE_INTERVAL == 0:
-            states[:, start // STATE_INTERVAL] = h.flatten(1, 2)
-        u_t = _time_first(u[..., here], groups, dtype)
-        dt = _step_size(_time_first(delta[..., here], groups, dtype), delta_bias, delta_softplus)
-        y_t, all_h = chunk_(u_t, dt, A, _bc(B[..., here], dtype), _bc(C[..., here], dtype), h)
-        h = all_h[-1]
+    block = max(steps, _BLOCK)  # turned to time-first in larger pieces than are computed: the copies are cheaper
+    for begin in range(0, length, block):
+        span = slice(begin, begin + block)
+        u_t = _time_first(u[..., span], groups, dtype)
+        dt = _step_size(_time_first(delta[..., span], groups, dtype), delta_bias, delta_softplus)
+        B_t, C_t = _bc(B[..., span], dtype), _bc(C[..., span], dtype)
+        y_t = torch.empty_like(u_t)
+        for start in range(0, len(u_t), steps):
+            here, now = slice(start, start + steps), begin + start
+            if keep_states and now % STATE_INTERVAL == 0:
+                states[:, now // STATE_INTERVAL] = h.flatten(1, 2)
+            y_t[here], all_h = chunk_(u_t[here], dt[here], A, B_t[here], C_t[here], h)
+            h = all_h[-1]
+            if keep_states:
+                for step in range(STATE_INTERVAL, len(all_h), STATE_INTERVAL):
+                    states[:, (now + step) // STATE_INTERVAL] = all_h[step - 1].flatten(1, 2)
         if D is not None:
-            y_t = y_t.addcmul_(D, u_t)
-        y[..., here] = rearrange(y_t, "t b g d -> b (g d) t")
-        if keep_states:
-            for step in range(STATE_INTERVAL, len(all_h), STATE_INTERVAL):
-                states[:, (start + step) // STATE_INTERVAL] = all_h[step - 1].flatten(1, 2)
+            y_t.addcmul_(D, u_t)
+        y[..., span] = rearrange(y_t, "t b g d -> b (g d) t")
     return y, h.flatten(1, 2).clone(), states
 
 

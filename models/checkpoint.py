@@ -428,6 +428,8 @@ def _closest(tensors: Mapping[str, Any], candidates: list[Architecture]) -> tupl
     for view, _, _ in views(dict(tensors)):
         present = {_NUMBER.sub("#", key) for key in view}
         for architecture in candidates:
+            if not any(_NUMBER.sub("#", key) in present for key in architecture.signature):
+                continue  # saves building its outline
             wanted = _kinds_of_keys(architecture.id)
             missing = [key for kind, key in wanted.items() if kind not in present]
             share = 1 - len(missing) / max(len(wanted), 1)

@@ -227,10 +227,10 @@ STREAM_BOMBS = {
     "nested tuples": b"\x80\x02N" + b"\x85" * 500_000 + b".",
     "nested lists": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
     "nested records": b"\x80\x02N" + b"".join([b"cm\nC\n)\x81\x86"] * 50_000) + b".",
-    "empty sets": b"\x80\x02" + b"\x8f" * 3_000_000 + b".",
-    "marks": b"\x80\x02" + b"(" * 3_000_000 + b".",
-    "memo": b"\x80\x04N" + b"\x94" * 3_000_000 + b".",
-    "names": b"\x80\x02" + b"ca\nb\n0" * 800_000 + b"N.",
+    "empty sets": b"\x80\x02" + b"\x8f" * 600_000 + b".",
+    "marks": b"\x80\x02" + b"(" * 600_000 + b".",
+    "memo": b"\x80\x04N" + b"\x94" * 600_000 + b".",
+    "names": b"\x80\x02" + b"ca\nb\n0" * 200_000 + b"N.",
     "set of a list again and again": b"\x80\x02](" + b"K\x01" * 50_000 + b"eq\x00" + b"cbuiltins\nlist\nq\x01" + b"h\x01h\x00\x85R" * 50_000 + b".",
     "colliding integers": b"\x80\x02}(" + b"".join(number(i * (2**61 - 1)) + b"N" for i in range(1, 20_000)) + b"u.",
     "long text": b"\x80\x04\x8d" + struct.pack("<Q", 1 << 50) + b"x.",
@@ -402,7 +402,7 @@ def test_a_network_far_larger_than_its_file_is_not_built(network_state):
         models.load(network_state | {"patch_embed.proj.weight": torch.empty(65_536, 3, 0, 3)})
 
 
-@pytest.mark.parametrize("value", [10**12, -(10**9), 1e300, "x" * 500, [[[[1]]]], [1] * 1_000, {"a": 1}])
+@pytest.mark.parametrize("value", [10**12, -(10**9), 1e300, "x" * 500, [[[[1]]]], [1] * 1_000, {"a": 10**12}])
 def test_absurd_settings_in_metadata_are_refused(value, network_state, tmp_path):
     data = save_safetensors(network_state, metadata={"mend.config": json.dumps({"topk": value})})
     refused(data, tmp_path, "'topk' the absurd value", name="model.safetensors")
@@ -415,9 +415,9 @@ def test_absurd_names_are_refused(key, network_state):
 
 
 def test_shapes_of_any_kind_give_one_error(network_state):
-    """Every twentieth tensor in turn gets five other shapes: refused, never another error."""
+    """Every fortieth tensor in turn gets five other shapes: refused, never another error."""
     keys = [k for k in sorted(network_state) if not k.endswith("complexity")]
-    for key in keys[::20]:
+    for key in keys[::40]:
         for shape in ((), (0,), (7,), (5, 1), (2, 3, 5, 7, 1)):
             with pytest.raises(CheckpointError):
                 models.load({**network_state, key: torch.zeros(shape)}, system="moce-ir")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 BENCHES = {
     "restorer": ("restorer", "time, throughput and peak memory of networks"),
     "kernels": ("kernels", "operators against the memory bandwidth"),
+    "tur": ("tur", "TransWeather and Uformer against other implementations"),
     "quality": ("starter_quality", "the starter weights against classical methods"),
 }
 

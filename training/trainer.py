@@ -65,8 +65,8 @@ class Settings:
     stages: tuple[Stage, ...] = (
         Stage(0.0, 64, 4),
         Stage(0.2, 96, 4),
-        Stage(0.55, 128, 4),
-        Stage(0.85, 192, 2),
+        Stage(0.65, 128, 4),
+        Stage(0.9, 192, 2),
     )
     seed: int = 0
     autocast: bool = False

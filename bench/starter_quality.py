@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from ..training.trainer import validation_set
 from . import machine
 
 Method = Callable[[torch.Tensor], torch.Tensor]
+Score = tuple[float, float]
 
 
 def denoise(image: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -125,32 +125,55 @@ CLASSICAL: dict[str, tuple[str, Method]] = {
 }
 
 
-def _score(images: Sequence[torch.Tensor], clean: torch.Tensor) -> tuple[float, float]:
+def _score(images: Sequence[torch.Tensor], clean: torch.Tensor) -> Score:
     batch = torch.cat(list(images)).clamp(0, 1)
     return float(np.mean(psnr(batch, clean))), float(np.mean(ssim(batch, clean)))
 
 
-def _cell(score: tuple[float, float] | None) -> str:
+def _cell(score: Score | None) -> str:
     return "" if score is None else f"{score[0]:.2f} / {score[1]:.3f}"
 
 
 @torch.inference_mode()
-def table(restorer: models.Restorer, photos: Sequence[torch.Tensor], size: int, classical: bool = True) -> list[str]:
+def measure(
+    restorer: models.Restorer,
+    photos: Sequence[torch.Tensor],
+    size: int,
+    classical: bool = True,
+    known: Mapping[str, Score] | None = None,
+) -> dict[str, dict[str, Score]]:
+    """PSNR and SSIM per case of the damaged pictures, of the classical method and of the restorer.
+
+    known: classical scores of the same pictures, measured before: they do not change with the weights.
+    """
+    scores: dict[str, dict[str, Score]] = {}
+    for name, (damaged, clean) in tqdm(validation_set(photos, size, VALIDATION).items(), leave=False):
+        images = damaged.split(1)
+        scores[name] = {
+            "damaged": _score(images, clean),
+            "restored": _score([restorer(x) for x in images], clean),
+        }
+        if known and name in known:
+            scores[name]["classical"] = tuple(known[name])
+        elif classical and name in CLASSICAL:
+            scores[name]["classical"] = _score([CLASSICAL[name][1](x) for x in images], clean)
+    return scores
+
+
+def table(scores: Mapping[str, Mapping[str, Score]]) -> list[str]:
     """Markdown rows: damage, PSNR / SSIM of the damaged picture, of the classical method and of the restorer, gains."""
     rows = [
         "| damage | damaged | classical method | | Mend | over damaged | over classical |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, (damaged, clean) in tqdm(validation_set(photos, size, VALIDATION).items(), leave=False):
-        before = _score(damaged.split(1), clean)
-        restored = _score([restorer(x) for x in damaged.split(1)], clean)
-        title, method = CLASSICAL.get(name, ("", None))
-        other = _score([method(x) for x in damaged.split(1)], clean) if method and classical else None
+    for name, found in scores.items():
+        title = CLASSICAL[name][0] if name in CLASSICAL else ""
         if title.startswith("BM3D") and not importlib.util.find_spec("bm3d"):
             title = title.replace("BM3D", "non-local means")
+        before, other, restored = found["damaged"], found.get("classical"), found["restored"]
         over = "" if name == "clean" else f"{restored[0] - before[0]:+.2f} dB"
         versus = "" if other is None else f"{restored[0] - other[0]:+.2f} dB"
-        shown = "unharmed" if math.isinf(before[0]) or before[0] > 90 else _cell(before)
+        shown = "unharmed" if before[0] > 90 else _cell(before)
         rows.append(f"| {name} | {shown} | {title} | {_cell(other)} | {_cell(restored)} | {over} | {versus} |")
     return rows
 
@@ -165,13 +188,20 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--limit", type=int, help="only the first pictures")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-classical", action="store_true", help="leave the slow classical methods out")
-    parser.add_argument("--out", type=Path, help="also write the table here, as Markdown")
+    parser.add_argument("--known", type=Path, help="take the classical scores from this .json of an earlier run")
+    parser.add_argument("--out", type=Path, help="also write the table here (.md), and the scores beside it (.json)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     restorer = models.load(args.model)
     photos = load_photos(args.photos, args.limit)
     usable = sum(min(p.shape[1:]) >= args.size for p in photos)
     training = json.loads(restorer.metadata.get("training") or "{}")
+    known = (
+        {n: f["classical"] for n, f in json.loads(args.known.read_text()).items() if "classical" in f}
+        if args.known
+        else None
+    )
+    scores = measure(restorer, photos, args.size, not args.no_classical, known)
     lines = [
         "# Starter weights against classical methods",
         "",
@@ -181,11 +211,12 @@ def main(arguments: Sequence[str]) -> int:
         "",
         f"`mend bench quality --photos PHOTOS/validation --size {args.size}`; {machine.describe(torch.device('cpu'))}",
         "",
-        *table(restorer, photos, args.size, not args.no_classical),
+        *table(scores),
     ]
     text = "\n".join(lines) + "\n"
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text)
+        args.out.with_suffix(".json").write_text(json.dumps(scores, indent=1) + "\n")
     return 0

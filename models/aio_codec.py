@@ -7,7 +7,7 @@ checkpoints'. This file is the network and its rate estimate; real bitstreams ar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -324,17 +324,31 @@ class AllInOneCodec(nn.Module):
         """(scales 0, means 0, scales 1, means 1) of the second step, from the values of the first [B, N, h, w]."""
         return self.y_spatial_prior(torch.cat([first, common], dim=1)).chunk(4, dim=1)
 
-    def quantise(self, y: torch.Tensor, z: torch.Tensor, *, portable: bool = False) -> Latent:
+    def quantise(
+        self,
+        y: torch.Tensor,
+        z: torch.Tensor,
+        *,
+        portable: bool = False,
+        rounding: Callable[[torch.Tensor], torch.Tensor] = torch.round,
+    ) -> Latent:
         """Rounds y and z to what is coded (dual spatial prior, section 3.3).
 
         portable: the entropy parameters are computed in float64, so that another machine finds the same ones.
+        rounding: another one, such as one that gradients pass.
         """
-        z_hat = z.round()
+        z_hat = rounding(z)
         with entropy_precision(self, portable) as dtype:
             common = self.common_parameters(z_hat.to(dtype), y.shape[-2:])
-            return self._quantise(y.to(dtype), z_hat, common)
+            return self._quantise(y.to(dtype), z_hat, common, rounding)
 
-    def _quantise(self, y: torch.Tensor, z_hat: torch.Tensor, common: torch.Tensor) -> Latent:
+    def _quantise(
+        self,
+        y: torch.Tensor,
+        z_hat: torch.Tensor,
+        common: torch.Tensor,
+        rounding: Callable[[torch.Tensor], torch.Tensor],
+    ) -> Latent:
         step, scales, means = common.chunk(3, dim=1)
         step = _LowerBound.apply(step, 0.5)
         halves, scale_halves, mean_halves = (t.chunk(2, dim=1) for t in (y / step, scales, means))
@@ -342,7 +356,7 @@ class AllInOneCodec(nn.Module):
 
         def code(half: int, mask: torch.Tensor, scale: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, ...]:
             residual = (halves[half] - mean * mask) * mask
-            symbols = residual.round()
+            symbols = rounding(residual)
             return residual, symbols, symbols + mean * mask, scale * mask
 
         first = [code(0, even, scale_halves[0], mean_halves[0]), code(1, odd, scale_halves[1], mean_halves[1])]
@@ -395,9 +409,11 @@ class AllInOneCodec(nn.Module):
 
     def estimate_bits(self, latent: Latent) -> tuple[torch.Tensor, torch.Tensor]:
         """Bits per symbol of y [B, N, h, w] and z [B, z, ., .]: what all published rates are made of."""
-        z_hat = latent.z_hat
-        below, above = self.bit_estimator_z(z_hat - 0.5), self.bit_estimator_z(z_hat + 0.5)
-        return gaussian_bits(latent.y_q, latent.scales_hat), bits_of(above - below)
+        return gaussian_bits(latent.y_q, latent.scales_hat), self.hyper_bits(latent.z_hat)
+
+    def hyper_bits(self, z: torch.Tensor) -> torch.Tensor:
+        """Bits of each value of the hyper-latent, rounded or not."""
+        return bits_of(self.bit_estimator_z(z + 0.5) - self.bit_estimator_z(z - 0.5))
 
     def forward(self, image: torch.Tensor, quality: torch.Tensor | int = 63) -> tuple[torch.Tensor, Latent]:
         """(restored image, latent) of a batch; quality: an index in 0..63, or one per image."""

@@ -1,0 +1,76 @@
+"""Rate-distortion training of the all-in-one codec: what its bits cost against how far its pictures are from clean ones.
+
+Zeng et al., "All-in-One Image Compression and Restoration", WACV 2025. The published code lacks its training step; what
+stands in for rounding here is usual in this family of codecs (Minnen & Singh, ICIP 2020): bits are counted with uniform
+noise added, pictures are decoded from rounded values whose gradient passes straight through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...errors import ConfigError
+from ...models.aio_codec import LATENT_STRIDE, QUALITIES, AllInOneCodec, gaussian_bits, rate_weight
+from ...models.layers.padding import crop, pad_to_multiple
+
+FIRST_QUALITIES = ((0, 21), (42, 63))
+"""Pairs of qualities of the published first stage; afterwards they are drawn from all 64."""
+
+
+def straight_through(x: torch.Tensor) -> torch.Tensor:
+    """Rounds, with the gradient of doing nothing."""
+    return x + (x.round() - x).detach()
+
+
+def _noisy(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """x + U(-1/2, 1/2): what stands for rounding where bits are counted."""
+    return x + (torch.rand(x.shape, generator=generator) - 0.5).to(x)
+
+
+@dataclass(frozen=True)
+class RateDistortion:
+    """lambda(quality) * distortion + bits per pixel, averaged over the qualities of a step.
+
+    Distortion: squared error to the clean picture, summed over RGB, averaged over pixels. Called as other objectives are:
+    the codec, damaged and clean pictures [B, 3, H, W] in 0..1, and a CPU generator for noise and qualities.
+
+    anchors: how many qualities a step draws. pairs: sets of qualities to draw one from instead (`FIRST_QUALITIES`).
+    clean: probability with which a picture is compressed as it is, undamaged.
+    """
+
+    anchors: int = 2
+    pairs: Sequence[Sequence[int]] = ()
+    clean: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.anchors < 1 or any(not 0 <= q < QUALITIES for pair in self.pairs for q in pair):
+            raise ConfigError(f"rate-distortion: needs at least one quality, each in 0..{QUALITIES - 1}")
+        if any(not pair for pair in self.pairs) or not 0 <= self.clean <= 1:
+            raise ConfigError("rate-distortion: an empty set of qualities, or a probability outside 0..1")
+
+    def __call__(
+        self, module: AllInOneCodec, damaged: torch.Tensor, clean: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        swap = torch.rand(len(damaged), 1, 1, 1, generator=generator) < self.clean
+        padded, size = pad_to_multiple(torch.where(swap.to(damaged.device), clean, damaged), LATENT_STRIDE)
+        totals = []
+        for quality in self._qualities(generator):
+            index = torch.full((len(padded),), quality, device=padded.device)
+            y, z = module.analyse(padded, index)
+            latent = module.quantise(y, z, rounding=straight_through)
+            bits_y = gaussian_bits(_noisy(latent.y_res, generator), latent.scales_hat).sum()
+            bits_z = module.hyper_bits(_noisy(z, generator)).sum()
+            error = crop(module.synthesise(latent.y_hat, index), size).float() - clean.float()
+            distortion = error.square().sum(dim=1).mean()
+            rate = (bits_y + bits_z) / padded[:, 0].numel()
+            totals.append(torch.stack([rate_weight(index[0]) * distortion + rate, distortion, rate]))
+        loss, distortion, rate = torch.stack(totals).mean(dim=0)
+        return loss, {"distortion": distortion.detach(), "bits_per_pixel": rate.detach()}
+
+    def _qualities(self, generator: torch.Generator) -> Sequence[int]:
+        if self.pairs:
+            return self.pairs[int(torch.randint(len(self.pairs), (), generator=generator))]
+        return torch.randint(QUALITIES, (self.anchors,), generator=generator).tolist()

@@ -15,6 +15,8 @@ from .loaded import LoadedRestorer
 from .pictures import bars
 from .report import stack_pictures
 
+WINDOW = 512
+
 
 def classify(
     classifier: LoadedRestorer,
@@ -22,13 +24,14 @@ def classify(
     network: LoadedRestorer | None = None,
     *,
     labels: Sequence[str] = (),
-    window: int = 512,
-    grid: int = 3,
+    window: int = 0,
+    grid: int = 5,
 ) -> Degradation:
     """What is wrong with every picture of [B, C, H, W], looked at through up to `grid` x `grid` windows of `window`.
 
     network: whose features a bare classifier reads (DCPT's *_dc files); not needed for a file that holds both.
-    labels: names for its classes instead of the file's. Raises InputError if classifier and network do not fit.
+    window 0: the side the file was trained at if it says so, else `WINDOW`: a small network judges best what looks like its
+    training crops. labels: names for its classes instead of the file's. Raises InputError if classifier and network do not fit.
     """
     tiling.check_image(image)
     module = classifier.restorer.module
@@ -48,6 +51,7 @@ def classify(
     classes = (module if bare else module.net_dc).fc.out_features
     if named and len(named) != classes:
         raise InputError(f"labels: {len(named)} names for {classes} classes")
+    window = window or int(classifier.restorer.config.get("window") or WINDOW)
     side = min(window, max(image.shape[-2:]))
     memory = tiling.activation_bytes(seen_by, image[:1, :, :side, :side], torch.float32)
     progress, found = host.progress(len(image)), []

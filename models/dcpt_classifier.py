@@ -194,7 +194,7 @@ def windows(image: torch.Tensor, size: int, grid: int) -> list[torch.Tensor]:
 
 
 _SIGNATURE = ("mixing_weights", "bottleneck_layers.0.0.conv1.norm.weight", "last_stage.0.conv1.weight")
-_PAIR_ONLY = {"mode", "hook_prefix", "focal_gamma", "pixel_loss", "grads", "backbone", "labels"}
+_PAIR_ONLY = {"mode", "hook_prefix", "focal_gamma", "pixel_loss", "grads", "backbone", "labels", "window"}
 
 
 def _build(config: Mapping[str, Any]) -> DegradationClassifier:
@@ -285,7 +285,7 @@ ARCHITECTURES = [
         matches_config=lambda config: "net_g" in config,
         kind="classifier",
         signature=tuple(f"net_dc.{key}" for key in _SIGNATURE),
-        metadata_keys=("labels",),
+        metadata_keys=("labels", "window"),
         restore=lambda module, image, **context: module.net_g(image, **context),
         multiple_of=lambda config: _backbone(config).multiple_of(config["net_g"]),
     ),

@@ -32,17 +32,18 @@ class ClassifyDegradation(io.ComfyNode):
                 advanced(
                     io.Int.Input(
                         "window",
-                        default=512,
-                        min=64,
+                        default=0,
+                        min=0,
                         max=4096,
                         step=16,
-                        tooltip="Larger pictures are looked at through windows of this side, at full resolution.",
+                        tooltip="Larger pictures are looked at through windows of this side, at full resolution. 0: as the "
+                        "file was trained, or 512.",
                     )
                 ),
                 advanced(
                     io.Int.Input(
                         "grid",
-                        default=3,
+                        default=5,
                         min=1,
                         max=16,
                         tooltip="At most this many windows across and down, evenly spaced and averaged. 1: the centre only.",
@@ -75,7 +76,7 @@ class ClassifyDegradation(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, classifier, image, window=512, grid=3, labels="", network=None) -> io.NodeOutput:
+    def execute(cls, classifier, image, window=0, grid=5, labels="", network=None) -> io.NodeOutput:
         names = [name.strip() for name in labels.split(",") if name.strip()]
         found = classify.classify(classifier, channels_first(image), network, labels=names, window=window, grid=grid)
         return io.NodeOutput(found, classify.overall(found)[0], as_image(classify.charts(found)), found.report())

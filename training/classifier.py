@@ -48,6 +48,7 @@ CONFIG: dict[str, Any] = {
     "net_g": {"width": 8, "enc_blk_nums": (0, 1, 1), "middle_blk_num": 1, "dec_blk_nums": (1, 1, 0)},
     "net_dc": {"feature_dims": (8, 16, 32), "num_res_blocks": 1, "num_classes": len(KINDS)},
     "labels": tuple(KINDS),
+    "window": 64,
 }
 
 
@@ -110,7 +111,7 @@ def train(
     minutes: float,
     *,
     batch: int = 32,
-    size: int = 64,
+    size: int = CONFIG["window"],
     rate: float = 5e-3,
     seed: int = 0,
 ) -> tuple[ClassifiedNetwork, int]:
@@ -159,7 +160,7 @@ def confusion(module: ClassifiedNetwork, photos: Sequence[torch.Tensor], draws: 
                     image, _ = step(image, generator)
                 image = (image.clamp(0, 1) * 255).round() / 255
                 found = classify(
-                    image, module.net_g, module.net_dc, names, multiple_of=module.multiple_of, window=256, grid=2
+                    image, module.net_g, module.net_dc, names, multiple_of=8, window=CONFIG["window"], grid=5
                 )
                 table[row, names.index(found.label())] += 1
     return table
@@ -184,10 +185,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(options.threads)
     module, steps = train(load_photos(options.photos / "train"), options.minutes)
+    config = json.loads(json.dumps(CONFIG))
+    provenance = {"steps": steps, "minutes": options.minutes, "loss": "cross-entropy"}
+    export(module, options.out, ARCHITECTURE, config, training=provenance)  # safe before the long look at validation
     table = confusion(module, load_photos(options.photos / "validation"))
     right = float(table.diagonal().sum() / table.sum())
-    provenance = {"steps": steps, "minutes": options.minutes, "validation": round(right, 4), "loss": "cross-entropy"}
-    export(module, options.out, ARCHITECTURE, json.loads(json.dumps(CONFIG)), training=provenance)
+    export(module, options.out, ARCHITECTURE, config, training={**provenance, "validation": round(right, 4)})
     options.out.with_suffix(".md").write_text(f"{steps} steps, {100 * right:.1f} % right\n\n{markdown(table)}\n")
     return 0
 

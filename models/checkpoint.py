@@ -23,7 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError, ConfigError
-from . import catalogue, interop, registry
+from . import catalogue, foreign, registry
 from .file_kinds import describe, describe_weights
 from .registry import Architecture
 from .restorer import Restorer
@@ -146,10 +146,10 @@ def _load(checkpoint: Checkpoint, path: Path | None, system: str | None, config:
     try:
         found = recognise(checkpoint, system, config)
     except CheckpointError:
-        foreign = None if system or config else _through_spandrel(checkpoint)
-        if foreign is None:
+        theirs = None if system or config else _through_spandrel(checkpoint)
+        if theirs is None:
             raise
-        return foreign
+        return theirs
     architecture, state = found.architecture, found.state
     released = catalogue.find(path) if path is not None else None
     if released is not None and released[0].id != architecture.system:
@@ -191,7 +191,7 @@ def _through_spandrel(checkpoint: Checkpoint) -> Restorer | None:
             weights.verify()
         except CheckpointError:
             continue
-        restorer = interop.from_spandrel(state, checkpoint.source)
+        restorer = foreign.from_spandrel(state, checkpoint.source)
         if restorer is not None:
             restorer.notes.extend(checkpoint.notes)
             return restorer

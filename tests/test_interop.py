@@ -15,7 +15,7 @@ import torch
 from comfyui_mend import models
 from comfyui_mend.engine.comfyui import find_comfyui
 from comfyui_mend.errors import CheckpointError
-from comfyui_mend.models import interop
+from comfyui_mend.models import foreign, interop
 
 from .comfyui_page import find_python
 
@@ -42,7 +42,7 @@ def answer(tmp_path_factory) -> dict:
 
 @pytest.mark.comfyui
 def test_every_image_to_image_network_is_registered_once(answer) -> None:
-    assert answer["first"] == [interop.PREFIX + name for name in answer["restorers"]]
+    assert answer["first"] == [foreign.PREFIX + name for name in answer["restorers"]]
     assert answer["second"] == []
     assert answer["all"] == len(answer["first"])
 
@@ -50,7 +50,7 @@ def test_every_image_to_image_network_is_registered_once(answer) -> None:
 @pytest.mark.comfyui
 def test_comfyuis_own_upscaling_nodes_run_our_files(answer) -> None:
     for name, (architecture, scale, difference) in answer["ours"].items():
-        assert architecture == interop.PREFIX + name
+        assert architecture == foreign.PREFIX + name
         assert scale == (2 if name == "mair" else 1)
         assert difference < 1e-4, name
 
@@ -76,9 +76,10 @@ def test_a_file_that_nobody_knows_is_still_refused_in_our_words(answer) -> None:
 
 
 def test_without_spandrel_nothing_is_registered_and_files_load_as_before(monkeypatch) -> None:
-    monkeypatch.setattr(interop, "_spandrel", lambda: None)
+    monkeypatch.setattr(interop, "spandrel_package", lambda: None)
+    monkeypatch.setattr(foreign, "spandrel_package", lambda: None)
     assert interop.register_with_spandrel() == []
-    assert interop.from_spandrel({"body.0.weight": torch.zeros(8, 3, 3, 3)}) is None
+    assert foreign.from_spandrel({"body.0.weight": torch.zeros(8, 3, 3, 3)}) is None
     with pytest.raises(CheckpointError, match="no network known here"):
         models.load({"body.0.weight": torch.zeros(8, 3, 3, 3), "body.1.weight": torch.zeros(8)})
 
@@ -91,12 +92,12 @@ def test_a_spandrel_that_does_not_import_is_announced_once_and_left_alone(monkey
 
     monkeypatch.delitem(sys.modules, "spandrel", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    interop._spandrel.cache_clear()
+    foreign.spandrel_package.cache_clear()
     try:
         assert interop.register_with_spandrel() == interop.register_with_spandrel() == []
         assert sum("does not import" in record.message for record in caplog.records) == 1
     finally:
-        interop._spandrel.cache_clear()
+        foreign.spandrel_package.cache_clear()
 
 
 class _Unsupported(Exception):
@@ -137,7 +138,8 @@ def stub(monkeypatch) -> types.SimpleNamespace:
         ImageModelDescriptor=ImageModelDescriptor,
         UnsupportedModelError=_Unsupported,
     )
-    monkeypatch.setattr(interop, "_spandrel", lambda: package)
+    monkeypatch.setattr(interop, "spandrel_package", lambda: package)
+    monkeypatch.setattr(foreign, "spandrel_package", lambda: package)
     return package
 
 

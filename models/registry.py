@@ -33,6 +33,7 @@ _MODULES = (
     "uformer",
     "acl",
     "dcpt_classifier",
+    "osdface_vre",
     "nafnet",
     "swinir",
     "restormer",

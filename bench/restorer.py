@@ -39,7 +39,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _row(name: str, restorer: models.Restorer, size: int, precision: str, device: torch.device, repeat: int) -> str:
-    image = torch.rand(1, restorer.config.get("inp_channels", restorer.config.get("in_chans", 3)), size, size, device=device)
+    image = torch.rand(
+        1, restorer.config.get("inp_channels", restorer.config.get("in_chans", 3)), size, size, device=device
+    )
     dtype = host.working_dtype(precision, device)
     half = dtype != torch.float32
     module = restorer.module.to(device)
@@ -74,7 +76,10 @@ def _networks(args: argparse.Namespace) -> Iterator[tuple[str, models.Restorer]]
             continue
         for variant, config in architecture.variants.items():
             if not args.variant or variant in args.variant:
-                yield f"{architecture.id} {variant}", models.Restorer(architecture, config, _module(architecture, config))
+                yield (
+                    f"{architecture.id} {variant}",
+                    models.Restorer(architecture, config, _module(architecture, config)),
+                )
 
 
 def _module(architecture: Any, config: Any) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from comfyui_mend.errors import InputError
 from comfyui_mend.models.degradation import Degradation
 

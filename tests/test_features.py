@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from comfyui_mend import models
 from comfyui_mend.errors import InputError
 from comfyui_mend.models import features

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 import torch
+from einops import rearrange
+
 from comfyui_mend import models
 from comfyui_mend.models.layers.padding import crop, pad_to_multiple
 from comfyui_mend.training.objectives.dcpt import dcpt_step, focal_loss
-from einops import rearrange
 
 
 def run(case):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from comfyui_mend.kernels.selective_scan import selective_scan
 
 

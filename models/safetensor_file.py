@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from .stored import MAX_DIMENSIONS, MAX_TENSORS, size_in_words, tensor_from
+from .stored import MAX_DIMENSIONS, MAX_TENSORS, aligned, size_in_words
 
 MAX_HEADER = 16 << 20
 _DTYPES = {
@@ -45,7 +45,7 @@ def read_safetensors(data: memoryview) -> tuple[dict[str, torch.Tensor], dict[st
     header, metadata, start = read_header(data)
     state = {}
     for name, (dtype, shape, begin, end) in header.items():
-        state[name] = tensor_from(data[start + begin : start + end], dtype).view(shape)
+        state[name] = aligned(data[start + begin : start + end]).view(dtype).view(shape)
     return state, metadata
 
 

@@ -25,21 +25,19 @@ def size_in_words(count: int) -> str:
     raise AssertionError
 
 
-def tensor_from(buffer: memoryview, dtype: torch.dtype) -> torch.Tensor:
-    """The buffer's elements as a 1-D tensor that shares its memory (copied where the address is not aligned)."""
-    count = len(buffer) // dtype.itemsize
-    if count == 0:
-        return torch.empty(0, dtype=dtype)
-    buffer = buffer[: count * dtype.itemsize]
+def aligned(buffer: memoryview) -> torch.Tensor:
+    """The buffer's bytes as a tensor that shares its memory, or a copy where the address fits no 8-byte number."""
+    if len(buffer) == 0:
+        return torch.empty(0, dtype=torch.uint8)
     flat = torch.frombuffer(buffer, dtype=torch.uint8)
-    return (flat.clone() if flat.data_ptr() % dtype.itemsize else flat).view(dtype)
+    return flat.clone() if flat.data_ptr() % 8 else flat
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
     """A view of a storage that is still in the file. `open` gives the storage's bytes, `verify` compares checksums."""
 
-    open: Callable[[], memoryview]
+    open: Callable[[], torch.Tensor]
     verify: Callable[[], None]
     dtype: torch.dtype
     offset: int
@@ -50,21 +48,27 @@ class StoredTensor:
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
     def read(self) -> torch.Tensor:
         """The tensor, sharing the file's memory. Raises CheckpointError if it is not a plain view of what is there."""
-        self._check_layout()
+        self.check_layout()
         extent = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) + 1
         storage = self.open()
         if self.elements and extent * self.dtype.itemsize > len(storage):
             raise CheckpointError(
-                f"has shape {_shape(self.shape)}, that is {size_in_words(self.elements * self.dtype.itemsize)}, "
+                f"has shape {_shape(self.shape)}, that is {size_in_words(self.nbytes)}, "
                 f"but the file holds {size_in_words(len(storage))} for it"
             )
         if not self.elements:
             return torch.empty(self.shape, dtype=self.dtype)
-        return tensor_from(storage, self.dtype).as_strided(self.shape, self.stride, self.offset)
+        whole = storage[: len(storage) // self.dtype.itemsize * self.dtype.itemsize].view(self.dtype)
+        return whole.as_strided(self.shape, self.stride, self.offset)
 
-    def _check_layout(self) -> None:
+    def check_layout(self) -> None:
+        """Raises CheckpointError unless shape and strides can belong to a plain, non-overlapping view."""
         if len(self.shape) > MAX_DIMENSIONS or len(self.stride) != len(self.shape):
             raise CheckpointError(f"has {len(self.shape)} dimensions and {len(self.stride)} strides")
         if not all(type(n) is int and 0 <= n < 2**48 for n in (*self.shape, *self.stride, self.offset)):
@@ -86,8 +90,13 @@ class StoredTensor:
 class UnreadableTensor:
     """A tensor of a kind that is not read (sparse, quantised); said when it is wanted."""
 
+    nbytes = 0
+
     def __init__(self, kind: str) -> None:
         self.kind = kind
+
+    def check_layout(self) -> None:
+        """Nothing to check."""
 
     def read(self) -> torch.Tensor:
         raise CheckpointError(f"is {self.kind}; only dense tensors are read")

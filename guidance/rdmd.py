@@ -92,6 +92,45 @@ class Step:
     x_next: torch.Tensor
 
 
+def iterate(
+    prior: Prior,
+    operator: Operator,
+    y: torch.Tensor,
+    u: torch.Tensor,
+    x: torch.Tensor,
+    schedule: RdmdSchedule,
+    i: int,
+    draw: Callable[[int, str], torch.Tensor],
+    *,
+    zeta: float = 0.0,
+    eta: float = 0.0,
+    consistent: bool = False,
+    skip_unused: bool = True,
+) -> Step:
+    """Iteration i of RDMD from the estimate u and the state x; arguments as for `sample`."""
+    last = i == len(schedule.sigmas) - 1
+    weight, sigma, rho = schedule.regulariser_weight, float(schedule.sigmas[i]), float(schedule.rhos[i])
+    needs_r = not skip_unused or (weight != 0 and not last)
+    needs_p = not skip_unused or rho != 0 or last
+    r = regularise(prior, u, float(schedule.regulariser_levels[i]), consistent) if needs_r else None
+    p = prior(x, sigma) if needs_p else None
+    if last:
+        return Step(i, r, p, u, u)
+    u = update(operator, y, u, r, p, weight, rho)
+    churn = eta * float(schedule.churn[i])
+    x_next = renoise(
+        x,
+        u,
+        sigma,
+        float(schedule.sigmas[i + 1]),
+        zeta=zeta,
+        noise=draw(i, "zeta") if zeta > 0 else None,
+        churn=churn,
+        churn_noise=draw(i, "eta") if churn > 0 else None,
+    )
+    return Step(i, r, p, u, x_next)
+
+
 def sample(
     prior: Prior,
     operator: Operator,
@@ -101,43 +140,19 @@ def sample(
     schedule: RdmdSchedule,
     draw: Callable[[int, str], torch.Tensor],
     *,
-    zeta: float = 0.0,
-    eta: float = 0.0,
-    consistent: bool = False,
-    skip_unused: bool = True,
     callback: Callable[[Step], None] | None = None,
+    **options: float | bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RDMD's iterations; returns (estimate, last denoised), both in about -1..1.
 
-    draw(i, "eta" or "zeta") gives a standard normal picture where one is needed. skip_unused leaves out the evaluation
-    whose weight is zero (tau 0 or 1), which halves the cost; the last iteration evaluates the chain in any case.
+    draw(i, "eta" or "zeta") gives a standard normal picture where one is needed. Options: zeta, the share of fresh noise;
+    eta, DDIM's churn; consistent, as for `regularise`; skip_unused (True) leaves out the evaluation whose weight is zero
+    (tau 0 or 1), which halves the cost; the last iteration evaluates the chain in any case.
     Published scripts return the estimate for super-resolution and the last denoised picture for deblurring.
     """
-    count = len(schedule.sigmas)
-    weight = schedule.regulariser_weight
-    for i in range(count):
-        last = i == count - 1
-        sigma, rho = float(schedule.sigmas[i]), float(schedule.rhos[i])
-        needs_r = not skip_unused or (weight != 0 and not last)
-        needs_p = not skip_unused or rho != 0 or last
-        r = regularise(prior, u, float(schedule.regulariser_levels[i]), consistent) if needs_r else None
-        p = prior(x, sigma) if needs_p else None
-        if last:
-            x_next = u
-        else:
-            u = update(operator, y, u, r, p, weight, rho)
-            churn = eta * float(schedule.churn[i])
-            x_next = renoise(
-                x,
-                u,
-                sigma,
-                float(schedule.sigmas[i + 1]),
-                zeta=zeta,
-                noise=draw(i, "zeta") if zeta > 0 else None,
-                churn=churn,
-                churn_noise=draw(i, "eta") if churn > 0 else None,
-            )
+    for i in range(len(schedule.sigmas)):
+        done = iterate(prior, operator, y, u, x, schedule, i, draw, **options)
+        u, x = done.u, done.x_next
         if callback is not None:
-            callback(Step(i, r, p, u, x_next))
-        x = x_next
-    return u, p
+            callback(done)
+    return u, done.denoised

@@ -1,0 +1,791 @@
+"""Zero-shot restoration: a prior fills in what a measurement left open. Whole, and in single steps."""
+
+from __future__ import annotations
+
+import torch
+
+from ..engine import host, loaded, zero_shot
+from ..engine.pictures import from_pil, labelled, to_pil
+from ..errors import InputError
+from ..guidance import cm4ir, rdmd, schedules
+from . import sockets
+from .api import advanced, io
+from .images import as_image
+from .restore import PRECISIONS
+
+CATEGORY = "Mend/zero-shot"
+STEPS = "Mend/zero-shot/steps"
+SCHEMES = ["CM4IR", "RDMD"]
+
+
+def _latent(samples: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"samples": samples.to(host.intermediate_device(), torch.float32)}
+
+
+def _seed(what: str) -> io.Int.Input:
+    return io.Int.Input(
+        "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=f"Chooses {what}."
+    )
+
+
+def _prior() -> io.Input:
+    return sockets.Prior.Input("prior", tooltip="From Load Prior, Prior From Model or Prior From Restorer.")
+
+
+def _measurement() -> io.Input:
+    return sockets.Measurement.Input("measurement", tooltip="From Measure or Measurement From Image.")
+
+
+def _sigmas() -> io.Input:
+    return io.Sigmas.Input("sigmas", tooltip="Noise levels, from CM4IR Sigmas or any scheduler; a final 0 is left out.")
+
+
+def _index() -> io.Input:
+    return io.Int.Input(
+        "index", default=0, min=0, max=9999, tooltip="Which noise level this step works at; the first is 0."
+    )
+
+
+def _state(name: str, tooltip: str) -> io.Input:
+    return io.Latent.Input(name, tooltip=tooltip)
+
+
+def _zeta() -> io.Input:
+    return io.Float.Input(
+        "zeta",
+        default=0.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        tooltip="Damping of the pseudo-inverse in units of the noise variance: more for blur (1 to 4), 0 for "
+        "super-resolution and inpainting.",
+    )
+
+
+def _eta() -> io.Input:
+    return io.Float.Input(
+        "eta", default=0.1, min=0.0, max=1.0, step=0.01, tooltip="Share of fresh noise in each step; 0.1 as published."
+    )
+
+
+def _mu() -> io.Input:
+    return io.Float.Input(
+        "mu", default=1.0, min=0.0, max=2.0, step=0.05, tooltip="How far to move onto the measurement; 1: all the way."
+    )
+
+
+def _noise_sign() -> io.Input:
+    return io.Combo.Input(
+        "noise_sign",
+        options=["turned round", "kept"],
+        default="turned round",
+        tooltip="Sign of the predicted noise in the next state. turned round: CM4IR. kept: DDIM, for diffusion models.",
+    )
+
+
+def _sign(noise_sign: str) -> float:
+    return 1.0 if noise_sign == "kept" else -1.0
+
+
+def _delta() -> list[io.Input]:
+    return [
+        advanced(
+            io.Float.Input(
+                "delta",
+                default=0.0,
+                min=-0.5,
+                max=4.0,
+                step=0.05,
+                tooltip="Tells the prior a noise level larger by this share than there is.",
+            )
+        ),
+        advanced(
+            io.Boolean.Input(
+                "delta_in_scalings",
+                default=False,
+                tooltip="Use that level for the prior's input and output scalings too, as for inpainting.",
+            )
+        ),
+    ]
+
+
+def _picked(sigmas: torch.Tensor, index: int) -> tuple[float, float | None]:
+    """(sigma, next sigma or None at the end)."""
+    levels = zero_shot.levels(sigmas)
+    if index >= len(levels):
+        raise InputError(f"index: {index}, but there are {len(levels)} noise levels (0..{len(levels) - 1})")
+    return float(levels[index]), float(levels[index + 1]) if index + 1 < len(levels) else None
+
+
+class LoadPrior(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendLoadPrior",
+            display_name="Load Prior",
+            category=CATEGORY,
+            description="Loads a pixel-space diffusion or consistency model: OpenAI's ImageNet, LSUN and FFHQ checkpoints as "
+            "released. Form and size are read from the file.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=host.model_files(),
+                    tooltip="A file from models/restoration, or one of Mend's own.",
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "kind",
+                        options=list(zero_shot.KINDS),
+                        default=zero_shot.AUTOMATIC,
+                        tooltip="What its output means. automatic: epsilon for ADM, consistency for the others unless "
+                        "the file name says edm.",
+                    )
+                ),
+                io.Int.Input(
+                    "class_index",
+                    default=-1,
+                    min=-1,
+                    max=9999,
+                    tooltip="What the picture shows, for a prior that knows classes (ImageNet: 0..999). -1: none.",
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "precision",
+                        options=PRECISIONS,
+                        default="auto",
+                        tooltip="auto: half precision where the device is good at it, 32 bit elsewhere.",
+                    )
+                ),
+            ],
+            outputs=[
+                sockets.Prior.Output("prior", display_name="prior", tooltip="A denoiser: what pictures look like.")
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name: str) -> bool | str:
+        try:
+            host.model_path(model_name)
+        except Exception as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, kind="automatic", class_index=-1, precision="auto") -> str:
+        status = host.model_path(model_name).stat()
+        return f"{status.st_mtime_ns}:{status.st_size}"
+
+    @classmethod
+    def execute(cls, model_name, kind="automatic", class_index=-1, precision="auto") -> io.NodeOutput:
+        label = None if class_index < 0 else class_index
+        network = loaded.load(host.model_path(model_name))
+        return io.NodeOutput(zero_shot.network_prior(network, kind, label, precision))
+
+
+class PriorFromRestorer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendPriorFromRestorer",
+            display_name="Prior From Restorer",
+            category=CATEGORY,
+            description="Uses a restoration network as the prior: plug-and-play restoration. It is not told the noise level, "
+            "so it works best at low noise (a start of 50 or less).",
+            inputs=[
+                sockets.Restorer.Input("restorer", tooltip="A denoiser or all-in-one network that does not enlarge.")
+            ],
+            outputs=[sockets.Prior.Output("prior", display_name="prior", tooltip="The network as a denoiser.")],
+        )
+
+    @classmethod
+    def execute(cls, restorer) -> io.NodeOutput:
+        return io.NodeOutput(zero_shot.RestorerPrior(restorer))
+
+
+class ZeroShotRestore(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendZeroShotRestore",
+            display_name="Zero-Shot Restore",
+            category=CATEGORY,
+            description="Finds the picture behind a measurement with a prior that was never trained for the task. CM4IR: four "
+            "evaluations of a consistency model. RDMD: a diffusion model, between faithful and generative.",
+            inputs=[
+                _prior(),
+                _measurement(),
+                io.Combo.Input(
+                    "scheme",
+                    options=SCHEMES,
+                    default="CM4IR",
+                    tooltip="CM4IR: few steps, for consistency models. RDMD: many steps, for diffusion models.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=list(zero_shot.PRESETS),
+                    default=zero_shot.AUTOMATIC,
+                    tooltip="CM4IR's published settings per task, for the nearest noise level. automatic: by the operator. "
+                    "by hand: the start, gamma and zeta below.",
+                ),
+                _seed("all noise"),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="Evaluations (CM4IR) or iterations (RDMD). 0: as published, 4 or 100.",
+                ),
+                io.Float.Input(
+                    "tau",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="RDMD: 0 stays faithful and smooth, 1 invents detail.",
+                ),
+                advanced(
+                    io.Int.Input(
+                        "start",
+                        default=250,
+                        min=0,
+                        max=998,
+                        tooltip="CM4IR by hand: where to start, 0 hardly any noise, 998 nothing but noise.",
+                    )
+                ),
+                advanced(
+                    io.Float.Input(
+                        "gamma",
+                        default=0.2,
+                        min=0.0,
+                        max=10.0,
+                        step=0.01,
+                        tooltip="CM4IR by hand: how fast the noise falls.",
+                    )
+                ),
+                advanced(_zeta()),
+                advanced(_eta()),
+                advanced(_mu()),
+                advanced(_noise_sign()),
+                advanced(
+                    io.Float.Input(
+                        "weight",
+                        default=20.0,
+                        min=0.0,
+                        max=1000.0,
+                        step=1.0,
+                        tooltip="RDMD: weight of the prior against the measurement (lambda).",
+                    )
+                ),
+                advanced(
+                    io.Float.Input(
+                        "renewal",
+                        default=-1.0,
+                        min=-1.0,
+                        max=1.0,
+                        step=0.05,
+                        tooltip="RDMD: share of fresh noise. -1: as published, 0 for super-resolution, 0.3 elsewhere.",
+                    )
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "result",
+                        options=list(zero_shot.OUTPUTS),
+                        default=zero_shot.AUTOMATIC,
+                        tooltip="RDMD: the running estimate or the last denoised picture. automatic: as published.",
+                    )
+                ),
+            ],
+            outputs=[io.Image.Output("restored", display_name="image", tooltip="Restored pictures in 0..1.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        prior,
+        measurement,
+        scheme="CM4IR",
+        preset=zero_shot.AUTOMATIC,
+        seed=0,
+        steps=0,
+        tau=0.5,
+        start=250,
+        gamma=0.2,
+        zeta=0.0,
+        eta=0.1,
+        mu=1.0,
+        noise_sign="turned round",
+        weight=20.0,
+        renewal=-1.0,
+        result=zero_shot.AUTOMATIC,
+    ) -> io.NodeOutput:
+        if scheme == "RDMD":
+            fresh = None if renewal < 0 else renewal
+            settings = zero_shot.Rdmd(steps or 100, tau, weight, fresh, result)
+            return io.NodeOutput(as_image(zero_shot.restore_rdmd(prior, measurement, seed, settings)))
+        chosen = cm4ir.Preset(start, gamma, zeta)
+        if preset != zero_shot.BY_HAND:
+            chosen = zero_shot.cm4ir_preset(preset, measurement)
+        how = zero_shot.Cm4ir(chosen.zeta, eta, mu, _sign(noise_sign), chosen.deltas, chosen.delta_in_scalings)
+        sigmas = schedules.cm4ir_sigmas(steps or 4, chosen.start, chosen.gamma)
+        return io.NodeOutput(as_image(zero_shot.restore_cm4ir(prior, measurement, seed, sigmas, how)))
+
+
+class Cm4irSigmas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendCM4IRSigmas",
+            display_name="CM4IR Sigmas",
+            category=CATEGORY,
+            description="CM4IR's noise levels, and a final 0 as ComfyUI's samplers want it.",
+            inputs=[
+                io.Int.Input("steps", default=4, min=1, max=1000, tooltip="How many evaluations of the prior."),
+                io.Int.Input(
+                    "start",
+                    default=250,
+                    min=0,
+                    max=998,
+                    tooltip="0 starts with hardly any noise, 998 with nothing else.",
+                ),
+                io.Float.Input("gamma", default=0.2, min=0.0, max=10.0, step=0.01, tooltip="How fast the noise falls."),
+            ],
+            outputs=[io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="Noise levels and a final 0.")],
+        )
+
+    @classmethod
+    def execute(cls, steps=4, start=250, gamma=0.2) -> io.NodeOutput:
+        sigmas = schedules.cm4ir_sigmas(steps, start, gamma)
+        return io.NodeOutput(torch.cat([sigmas, sigmas.new_zeros(1)]))
+
+
+class RdmdSigmas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendRDMDSigmas",
+            display_name="RDMD Sigmas",
+            category=CATEGORY,
+            description="RDMD's noise levels: big steps at high noise, small ones at low; and a final 0.",
+            inputs=[
+                io.Int.Input("steps", default=100, min=2, max=1000, tooltip="How many iterations; 100 as published.")
+            ],
+            outputs=[io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="Noise levels and a final 0.")],
+        )
+
+    @classmethod
+    def execute(cls, steps=100) -> io.NodeOutput:
+        sigmas = schedules.rdmd_schedule(steps).sigmas.float()
+        return io.NodeOutput(torch.cat([sigmas, sigmas.new_zeros(1)]))
+
+
+class StartFromMeasurement(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendStartFromMeasurement",
+            display_name="Start From Measurement",
+            category=STEPS,
+            description="CM4IR's first state: what the measurement says (pseudo-inverse, holes filled by medians) and noise.",
+            inputs=[_prior(), _measurement(), _sigmas(), _seed("the noise"), _zeta()],
+            outputs=[
+                io.Latent.Output("x", display_name="x", tooltip="The noisy state, in the prior's own space."),
+                io.Latent.Output(
+                    "clean", display_name="clean", tooltip="The same without noise, to start a SAMPLER from."
+                ),
+                io.Image.Output("picture", display_name="image", tooltip="The start without noise, to look at."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, prior, measurement, sigmas, seed=0, zeta=0.0) -> io.NodeOutput:
+        sigma = float(zero_shot.levels(sigmas)[0])
+
+        def body(session):
+            clean = zero_shot.cm4ir_start(session, measurement, 0.0, seed, zeta)
+            noisy = zero_shot.cm4ir_start(session, measurement, sigma, seed, zeta)
+            return noisy, clean, zero_shot.as_picture(session, clean)
+
+        x, clean, picture = prior.run(zero_shot.picture_size(measurement), body)
+        return io.NodeOutput(_latent(x), _latent(clean), as_image(picture))
+
+
+class PredictClean(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendPredictClean",
+            display_name="Predict Clean",
+            category=STEPS,
+            description="One evaluation of the prior: the clean picture that it sees in a noisy state.",
+            inputs=[_prior(), _state("x", "The noisy state."), _sigmas(), _index(), *_delta()],
+            outputs=[
+                io.Latent.Output("x0", display_name="x0", tooltip="The clean state."),
+                io.Image.Output("picture", display_name="image", tooltip="The same as a picture."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, prior, x, sigmas, index=0, delta=0.0, delta_in_scalings=False) -> io.NodeOutput:
+        sigma, _ = _picked(sigmas, index)
+
+        def body(session):
+            x0 = cm4ir.predict(session.prior, x["samples"].to(session.device), sigma, delta, delta_in_scalings)
+            return x0, zero_shot.as_picture(session, x0)
+
+        x0, picture = prior.run(x["samples"].shape, body)
+        return io.NodeOutput(_latent(x0), as_image(picture))
+
+
+class BackProject(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendBackProject",
+            display_name="Back-Project",
+            category=STEPS,
+            description="Moves a clean state onto the measurement, leaving alone what the measurement does not say.",
+            inputs=[_prior(), _measurement(), _state("x0", "The clean state."), _zeta(), _mu()],
+            outputs=[
+                io.Latent.Output("guided", display_name="guided", tooltip="The corrected state."),
+                io.Image.Output("picture", display_name="image", tooltip="The same as a picture."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, prior, measurement, x0, zeta=0.0, mu=1.0) -> io.NodeOutput:
+        def body(session):
+            y = measurement.to(session.device)
+            state = x0["samples"].to(session.device)
+            moved = cm4ir.back_project(session.operator(y.operator), state, y.y, zeta, y.noise, mu)
+            return moved, zero_shot.as_picture(session, moved)
+
+        guided, picture = prior.run(zero_shot.picture_size(measurement), body)
+        return io.NodeOutput(_latent(guided), as_image(picture))
+
+
+class MixNoise(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendMixNoise",
+            display_name="Mix Noise",
+            category=STEPS,
+            description="The next noisy state: the corrected picture with a share of fresh noise and the predicted noise, "
+            "turned round as in CM4IR.",
+            inputs=[
+                _state("guided", "The corrected clean state."),
+                _state("x", "The noisy state that this step began with."),
+                _state("x0", "What the prior saw in it."),
+                _sigmas(),
+                _index(),
+                _seed("the fresh noise: the same one for all steps"),
+                _eta(),
+                _noise_sign(),
+            ],
+            outputs=[io.Latent.Output("x_next", display_name="x next", tooltip="The noisy state of the next step.")],
+        )
+
+    @classmethod
+    def execute(cls, guided, x, x0, sigmas, index=0, seed=0, eta=0.1, noise_sign="turned round") -> io.NodeOutput:
+        sigma, following = _picked(sigmas, index)
+        if following is None:
+            raise InputError(f"index: {index} is the last noise level; its result is the picture, add no noise")
+        state = x["samples"]
+        noise = zero_shot.draw(state.shape, seed, index + 1, state.device)
+        mixed = cm4ir.mix_noise(
+            guided["samples"], state, x0["samples"], sigma, following, noise, eta, _sign(noise_sign)
+        )
+        return io.NodeOutput(_latent(mixed))
+
+
+class Cm4irStep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendCM4IRStep",
+            display_name="CM4IR Step",
+            category=STEPS,
+            description="One whole step of CM4IR: predict, back-project, mix noise. As many of them as there are noise levels "
+            "give exactly what Zero-Shot Restore gives.",
+            inputs=[
+                _prior(),
+                _measurement(),
+                _state("x", "The noisy state."),
+                _sigmas(),
+                _index(),
+                _seed("the fresh noise: the same one for all steps"),
+                advanced(_zeta()),
+                advanced(_eta()),
+                advanced(_mu()),
+                *_delta(),
+                advanced(_noise_sign()),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    "x_next", display_name="x next", tooltip="The next state; the result after the last step."
+                ),
+                io.Latent.Output("x0", display_name="x0", tooltip="What the prior saw."),
+                io.Latent.Output("guided", display_name="guided", tooltip="The same, moved onto the measurement."),
+                io.Image.Output("picture", display_name="image", tooltip="The guided state as a picture."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        prior,
+        measurement,
+        x,
+        sigmas,
+        index=0,
+        seed=0,
+        zeta=0.0,
+        eta=0.1,
+        mu=1.0,
+        delta=0.0,
+        delta_in_scalings=False,
+        noise_sign="turned round",
+    ) -> io.NodeOutput:
+        sigma, following = _picked(sigmas, index)
+
+        def body(session):
+            y = measurement.to(session.device)
+            state = x["samples"].to(session.device)
+            settings = zero_shot.Cm4ir(zeta, eta, mu, _sign(noise_sign), (), delta_in_scalings)
+            done = cm4ir.step(
+                session.prior,
+                session.operator(y.operator),
+                y.y,
+                state,
+                sigma,
+                following,
+                zero_shot.draw(state.shape, seed, index + 1, state.device),
+                index=index,
+                delta=delta,
+                mu=mu,
+                **settings.options(y),
+            )
+            return done, zero_shot.as_picture(session, done.guided)
+
+        done, picture = prior.run(zero_shot.picture_size(measurement), body)
+        onward = done.guided if done.x_next is None else done.x_next
+        return io.NodeOutput(_latent(onward), _latent(done.x0), _latent(done.guided), as_image(picture))
+
+
+class StateToImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendStateToImage",
+            display_name="State To Image",
+            category=STEPS,
+            description="Shows a state of a zero-shot chain, or the result of a SAMPLER on a pixel model, as a picture.",
+            inputs=[_prior(), _state("state", "A clean or noisy state in the prior's own space.")],
+            outputs=[io.Image.Output("picture", display_name="image", tooltip="The picture, clamped to 0..1.")],
+        )
+
+    @classmethod
+    def execute(cls, prior, state) -> io.NodeOutput:
+        def body(session):
+            return zero_shot.as_picture(session, state["samples"].to(session.device))
+
+        return io.NodeOutput(as_image(prior.run(state["samples"].shape, body)))
+
+
+def _rdmd_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "iterations", default=100, min=2, max=1000, tooltip="Of the whole chain; the same in all its steps."
+        ),
+        io.Float.Input(
+            "tau", default=0.5, min=0.0, max=1.0, step=0.05, tooltip="0 stays faithful and smooth, 1 invents detail."
+        ),
+        advanced(
+            io.Float.Input(
+                "weight", default=20.0, min=0.0, max=1000.0, step=1.0, tooltip="Of the prior against the measurement."
+            )
+        ),
+    ]
+
+
+class RdmdStart(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendRDMDStart",
+            display_name="RDMD Start",
+            category=STEPS,
+            description="RDMD's first estimate (the picture as it was measured, enlarged if need be) and first noisy state.",
+            inputs=[_prior(), _measurement(), _seed("the noise")],
+            outputs=[
+                io.Latent.Output("u", display_name="u", tooltip="The running estimate."),
+                io.Latent.Output("x", display_name="x", tooltip="The noisy state of the diffusion chain."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, prior, measurement, seed=0) -> io.NodeOutput:
+        sigma = float(schedules.rdmd_schedule().sigmas[0])
+        size = zero_shot.picture_size(measurement)
+        u, x = prior.run(size, lambda session: zero_shot.rdmd_start(session, measurement, sigma, seed))
+        return io.NodeOutput(_latent(u), _latent(x))
+
+
+class RdmdStep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendRDMDStep",
+            display_name="RDMD Step",
+            category=STEPS,
+            description="One iteration of RDMD: regularise the estimate, denoise the state, move both towards the measurement.",
+            inputs=[
+                _prior(),
+                _measurement(),
+                _state("u", "The running estimate."),
+                _state("x", "The noisy state."),
+                _index(),
+                _seed("the fresh noise: the same one for all steps"),
+                *_rdmd_inputs(),
+                advanced(
+                    io.Float.Input(
+                        "renewal",
+                        default=-1.0,
+                        min=-1.0,
+                        max=1.0,
+                        step=0.05,
+                        tooltip="Share of fresh noise. -1: as published, 0 for super-resolution, 0.3 elsewhere.",
+                    )
+                ),
+            ],
+            outputs=[
+                io.Latent.Output("u_next", display_name="u next", tooltip="The estimate after this step."),
+                io.Latent.Output("x_next", display_name="x next", tooltip="The state after this step."),
+                io.Latent.Output("denoised", display_name="denoised", tooltip="What the prior saw in the state."),
+                io.Image.Output("picture", display_name="image", tooltip="The estimate as a picture."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, prior, measurement, u, x, index=0, seed=0, iterations=100, tau=0.5, weight=20.0, renewal=-1.0
+    ) -> io.NodeOutput:
+        settings = zero_shot.Rdmd(iterations, tau, weight, None if renewal < 0 else renewal)
+        if index >= iterations:
+            raise InputError(f"index: {index}, but there are {iterations} iterations (0..{iterations - 1})")
+
+        def body(session):
+            y = measurement.to(session.device)
+            done = rdmd.iterate(
+                session.prior,
+                session.operator(y.operator),
+                y.y,
+                u["samples"].to(session.device),
+                x["samples"].to(session.device),
+                settings.schedule(y),
+                index,
+                zero_shot.rdmd_draw(u["samples"].shape, seed, session.device),
+                zeta=settings.fresh(y),
+            )
+            return done, zero_shot.as_picture(session, done.u)
+
+        done, picture = prior.run(zero_shot.picture_size(measurement), body)
+        denoised = done.u if done.denoised is None else done.denoised
+        return io.NodeOutput(_latent(done.u), _latent(done.x_next), _latent(denoised), as_image(picture))
+
+
+class Regularise(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendRegularise",
+            display_name="Regularise",
+            category=STEPS,
+            description="RDMD's deterministic half: the prior cleans an estimate as if it had a little noise.",
+            inputs=[
+                _prior(),
+                _state("u", "The estimate."),
+                io.Float.Input(
+                    "level",
+                    default=0.05,
+                    min=0.001,
+                    max=1.0,
+                    step=0.005,
+                    round=0.0001,
+                    tooltip="How much noise the prior is to take away, 0..1 scale.",
+                ),
+                advanced(
+                    io.Boolean.Input(
+                        "consistent",
+                        default=False,
+                        tooltip="Scale the prior's input as theory has it; the published code does not.",
+                    )
+                ),
+            ],
+            outputs=[
+                io.Latent.Output("regularised", display_name="regularised", tooltip="The cleaned estimate."),
+                io.Image.Output("picture", display_name="image", tooltip="The same as a picture."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, prior, u, level=0.05, consistent=False) -> io.NodeOutput:
+        def body(session):
+            r = rdmd.regularise(session.prior, u["samples"].to(session.device), level, consistent)
+            return r, zero_shot.as_picture(session, r)
+
+        r, picture = prior.run(u["samples"].shape, body)
+        return io.NodeOutput(_latent(r), as_image(picture))
+
+
+class RdmdStrip(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendRDMDStrip",
+            display_name="RDMD Slider Strip",
+            category=CATEGORY,
+            description="RDMD's slider between faithful and generative, drawn: one restoration per value of tau, side by side.",
+            inputs=[
+                _prior(),
+                _measurement(),
+                _seed("all noise"),
+                io.Int.Input("count", default=3, min=2, max=9, tooltip="How many values of tau, from 0 to 1."),
+                io.Int.Input(
+                    "iterations", default=100, min=2, max=1000, tooltip="Iterations of each; 100 as published."
+                ),
+            ],
+            outputs=[
+                io.Image.Output("strip", display_name="strip", tooltip="The first picture at every tau, labelled."),
+                io.Image.Output("restored", display_name="image", tooltip="All results, a batch in the order of tau."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, prior, measurement, seed=0, count=3, iterations=100) -> io.NodeOutput:
+        results, taus = [], [k / (count - 1) for k in range(count)]
+        for k, tau in enumerate(taus):
+            with host.part_of_progress(k, count):
+                settings = zero_shot.Rdmd(iterations, tau)
+                results.append(zero_shot.restore_rdmd(prior, measurement, seed, settings))
+        strip = labelled([to_pil(r[0]) for r in results], [f"tau {tau:.2f}" for tau in taus])
+        return io.NodeOutput(as_image(from_pil(strip)[None]), as_image(torch.cat(results)))
+
+
+NODES = [
+    LoadPrior,
+    PriorFromRestorer,
+    ZeroShotRestore,
+    RdmdStrip,
+    Cm4irSigmas,
+    RdmdSigmas,
+    StartFromMeasurement,
+    PredictClean,
+    BackProject,
+    MixNoise,
+    Cm4irStep,
+    RdmdStart,
+    RdmdStep,
+    Regularise,
+    StateToImage,
+]

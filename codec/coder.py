@@ -41,6 +41,12 @@ def _plan(height: int, width: int, tile: int, overlap: int) -> tuple[Axis, Axis]
     return axes[0], axes[1]
 
 
+def part_count(height: int, width: int, tile: int, overlap: int) -> int:
+    """How many parts a picture is coded in."""
+    rows, columns = _plan(height, width, tile, overlap)
+    return len(rows.starts) * len(columns.starts)
+
+
 def _places(rows: Axis, columns: Axis) -> Iterator[tuple[int, int, int]]:
     for i, top in enumerate(rows.starts):
         for j, left in enumerate(columns.starts):
@@ -93,7 +99,7 @@ def encode(
     rows, columns = _plan(height, width, tile, overlap)
     if rows.tile * columns.tile > LARGEST_PART:
         raise InputError(f"tile: {tile} leaves parts of {columns.tile} x {rows.tile} pixels; choose 1024, at most 2048")
-    cut = len(rows.starts) * len(columns.starts) > 1
+    cut = part_count(height, width, tile, overlap) > 1
     parts = []
     hyper = tables.hyper_tables(codec.bit_estimator_z)
     for _, top, left in _places(rows, columns):

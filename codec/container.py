@@ -1,14 +1,17 @@
 """The `.mend` file: what a compressed picture needs besides its coded parts, checked before anything is decoded.
 
 magic "MEND", version, quality, tile side and overlap, picture size, fingerprint of the codec's weights, number of
-parts, CRC-32 of everything else; then each part: size of stream, size of escapes, CRC-32 of its integers, stream, escapes.
+parts, CRC-32 of everything else; then each part: size of stream, size of escapes, CRC-32 of its integers, stream, escapes;
+then, optionally, "NOTE", its size, and texts by name (a workflow) as deflated JSON.
 """
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ..models.aio_codec import QUALITIES
 from .entropy import BitstreamError
@@ -20,6 +23,9 @@ LARGEST_PART = 1 << 22
 """Pixels of one tile: what decoding may take in memory at a time."""
 _HEADER = struct.Struct("<4sBBHHIIII16sI")
 _PART = struct.Struct("<III")
+_NOTE = struct.Struct("<4sI")
+LARGEST_NOTE = 1 << 24
+"""Bytes of texts that a file may carry along, inflated."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +48,27 @@ class Bitstream:
     parts: tuple[Part, ...]
     tile: int = 0
     overlap: int = 0
+    note: Mapping[str, str] = field(default_factory=dict)
+    """Texts that travel with the picture, such as the workflow it was made by."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file, without its note."""
+        return _HEADER.size + sum(_PART.size + len(p.stream) + len(p.escapes) for p in self.parts)
 
     @property
     def bits_per_pixel(self) -> float:
-        """Size of the whole file in bits per pixel of the picture."""
-        return 8 * len(self.to_bytes()) / (self.width * self.height)
+        """`size` in bits per pixel of the picture."""
+        return 8 * self.size / (self.width * self.height)
 
     def to_bytes(self) -> bytes:
         """The file's content."""
         body = b"".join(
             _PART.pack(len(p.stream), len(p.escapes), p.checksum) + p.stream + p.escapes for p in self.parts
         )
+        if self.note:
+            note = zlib.compress(json.dumps(dict(self.note)).encode(), 9)
+            body += _NOTE.pack(b"NOTE", len(note)) + note
         fields = (MAGIC, VERSION, self.quality, self.tile, self.overlap, self.width, self.height, len(self.parts))
         header = _HEADER.pack(*fields, len(body), self.fingerprint, 0)
         return header[:-4] + struct.pack("<I", checksum(header, body)) + body
@@ -96,9 +112,25 @@ class Bitstream:
             middle, end = position + stream, position + stream + escapes
             parts.append(Part(bytes(body[position:middle]), bytes(body[middle:end]), part_checksum))
             position = end
-        if position != size:
-            raise BitstreamError("bitstream: there is something behind its last part")
-        return cls(width, height, quality, fingerprint, tuple(parts), tile, overlap)
+        note = _read_note(bytes(body[position:]))
+        return cls(width, height, quality, fingerprint, tuple(parts), tile, overlap, note)
+
+
+def _read_note(data: bytes) -> dict[str, str]:
+    """The texts behind the last part. Raises BitstreamError for anything else there."""
+    if not data:
+        return {}
+    if len(data) < _NOTE.size or _NOTE.unpack_from(data) != (b"NOTE", len(data) - _NOTE.size):
+        raise BitstreamError("bitstream: there is something behind its last part")
+    inflate = zlib.decompressobj()
+    try:
+        text = inflate.decompress(data[_NOTE.size :], LARGEST_NOTE)
+        note = json.loads(text) if inflate.eof else None
+    except (zlib.error, ValueError, RecursionError):
+        note = None
+    if not isinstance(note, dict) or not all(isinstance(v, str) for v in note.values()):
+        raise BitstreamError("bitstream: the text that travels with it is damaged")
+    return note
 
 
 def checksum(header: bytes, body: bytes) -> int:

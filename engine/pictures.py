@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 BACKGROUND, INK, ACCENT, FAINT = (24, 26, 30), (232, 234, 238), (255, 159, 67), (70, 75, 84)
+LINES = (ACCENT, (104, 184, 255), (140, 220, 130), (230, 130, 220), INK)
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:
@@ -94,3 +96,48 @@ def false_colour(level: torch.Tensor) -> torch.Tensor:
     """[H, W] in 0..1 as [3, H, W]: black, red, yellow, white."""
     level = level.clamp(0, 1) * 3
     return torch.stack([level.clamp(0, 1), (level - 1).clamp(0, 1), (level - 2).clamp(0, 1)])
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, title: str = "", width: int = 720
+) -> Image.Image:
+    """Lines through points (x, y), one a name, with axes and a legend; the first is accented."""
+    height, left, top, bottom, right = round(width * 0.62), 60, 44, 52, 16
+    sheet = Image.new("RGB", (width, height), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((left, 10), title, INK, font(16))
+    xs, ys = zip(*(point for points in series.values() for point in points), strict=True)
+    (x0, x1, x_step), (y0, y1, y_step) = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across, up = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
+        return left + across * (width - left - right), height - bottom - up * (height - top - bottom)
+
+    for k in range(round((x1 - x0) / x_step) + 1):
+        x, _ = place(x0 + k * x_step, y0)
+        draw.line((x, top, x, height - bottom), FAINT)
+        draw.text((x, height - bottom + 6), f"{x0 + k * x_step:.4g}", INK, font(13), anchor="ma")
+    for k in range(round((y1 - y0) / y_step) + 1):
+        _, y = place(x0, y0 + k * y_step)
+        draw.line((left, y, width - right, y), FAINT)
+        draw.text((left - 8, y), f"{y0 + k * y_step:.4g}", INK, font(13), anchor="rm")
+    draw.text(((left + width - right) / 2, height - 22), x_label, INK, font(14), anchor="ma")
+    draw.text((8, top - 20), y_label, INK, font(14))
+    for index, (name, points) in enumerate(series.items()):
+        colour = LINES[index % len(LINES)]
+        spots = [place(*point) for point in sorted(points)]
+        draw.line(spots, colour, 3)
+        for x, y in spots:
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
+        y = height - bottom - 22 * (len(series) - index)
+        draw.line((width - right - 150, y + 8, width - right - 126, y + 8), colour, 3)
+        draw.text((width - right - 118, y), name, colour, font(14))
+    return sheet
+
+
+def _ticks(low: float, high: float) -> tuple[float, float, float]:
+    """Ends and step of an axis of round numbers that holds both values."""
+    span = (high - low) or abs(high) or 1.0
+    step = 10.0 ** math.floor(math.log10(span / 4))
+    step *= next(f for f in (1, 2, 5, 10) if span / (f * step) <= 8)
+    return math.floor(low / step) * step, max(math.ceil(high / step), math.floor(low / step) + 1) * step, step

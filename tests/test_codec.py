@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -176,6 +178,28 @@ def test_settings_that_cannot_work_are_refused(codec) -> None:
             coder.encode(codec, image, **bad)
     with pytest.raises(InputError, match="NaN"):
         coder.encode(codec, image * float("nan"), 3)
+
+
+def test_texts_travel_with_a_picture_and_do_not_count_as_its_rate(codec) -> None:
+    plain = coder.encode(codec, torch.rand(3, 16, 16), 5)
+    noted = dataclasses.replace(plain, note={"workflow": '{"nodes": []}', "prompt": "größer"})
+    back = container.Bitstream.from_bytes(noted.to_bytes())
+    assert back == noted and back.size == plain.size == len(plain.to_bytes()) < len(noted.to_bytes())
+    assert torch.equal(coder.decode(codec, back), coder.decode(codec, plain))
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [b"x", b"NOTE\x00\x00\x00\x00", b"NOTE\x02\x00\x00\x00[]", b"NOTE" + struct.pack("<I", 10) + zlib.compress(b"[]")],
+)
+def test_a_damaged_text_is_refused(codec, tail: bytes) -> None:
+    data = coder.encode(codec, torch.rand(3, 16, 16), 5).to_bytes()
+    body = data[container._HEADER.size :] + tail
+    header = bytearray(data[: container._HEADER.size])
+    struct.pack_into("<I", header, 22, len(body))
+    struct.pack_into("<I", header, container._HEADER.size - 4, container.checksum(bytes(header), body))
+    with pytest.raises(entropy.BitstreamError, match="behind its last part|is damaged"):
+        container.Bitstream.from_bytes(bytes(header) + body)
 
 
 def test_a_header_cannot_ask_for_more_memory_than_a_part_may_take(codec) -> None:

@@ -34,6 +34,7 @@ _MODULES = (
     "acl",
     "dcpt_classifier",
     "osdface_vre",
+    "gendeg",
     "nafnet",
     "swinir",
     "restormer",

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..models.aio_codec import QUALITIES
 from . import compress
 
-PILLOW_QUALITIES = (5, 10, 20, 30, 40, 50, 60, 70, 80, 90)
+PILLOW_QUALITIES = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90)
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,14 @@ def describe(found: Mapping[str, Curve], pixels: int) -> str:
         line = f"quality {point.quality}: {point.size:,} bytes, {8 * point.size / pixels:.3f} bpp, {point.psnr:.2f} dB"
         for name, curve in others:
             other = size_at(curve, point.psnr)
-            line += f"; {name} {'does not meet it' if other is None else f'{other:,.0f} bytes for the same'}"
+            line += f"; {name} {'has no such file' if other is None else f'{other:,.0f} bytes for the same'}"
         lines.append(line)
     return "\n".join(lines)
 
 
 def plot(found: Mapping[str, Curve], pixels: int, against: str) -> Image.Image:
     """The curves as a picture: bits per pixel to the right, PSNR upwards."""
-    series = {name: [(8 * p.size / pixels, p.psnr) for p in curve] for name, curve in found.items()}
+    largest = 2 * max(p.size for p in next(iter(found.values())))  # beyond it the others would squeeze the codec's curve
+    series = {name: [(8 * p.size / pixels, p.psnr) for p in c if p.size <= largest] for name, c in found.items()}
+    series = {name: points for name, points in series.items() if points}
     return curves(series, "bits per pixel", "dB", f"PSNR to the {against} against file size")

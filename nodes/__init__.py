@@ -25,6 +25,8 @@ FAMILIES: tuple[str, ...] = (
     "ensemble",
     "input_range",
     "codec",
+    "operators",
+    "guidance",
 )
 
 

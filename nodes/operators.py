@@ -398,7 +398,7 @@ class MeasurementFromImage(io.ComfyNode):
                 sockets.Measurement.Output(
                     "measurement", display_name="measurement", tooltip="For Zero-Shot Restore and the single steps."
                 ),
-                io.Float.Output("noise", display_name="noise", tooltip="The noise level in use."),
+                io.Float.Output("noise_level", display_name="noise", tooltip="The noise level in use."),
             ],
         )
 

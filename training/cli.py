@@ -19,7 +19,7 @@ from . import photos
 from .accelerate import accelerate
 from .data import STARTER_TASKS, PairStream, PhotoCrops, load_photos
 from .objectives.restoration import Restoration
-from .trainer import Settings, Trainer, export, validation_set
+from .trainer import Settings, Trainer, export, read_export, validation_set
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +36,9 @@ STARTER_CONFIG: dict[str, Any] = {
     "rank_type": "spread",
     "rank": 2,
 }
-# The paper's 0.1 pulls every frequency equally hard, some ten times harder than the pixels do: haze and darkness, errors of
-# a few low frequencies, then hardly move in a run of an hour.
-STARTER_FFT_WEIGHT = 0.01
+# Under the paper's L1, a hazy or dark crop, whose error has one sign everywhere, drowns the gradients of all others: in an
+# hour nothing else improves. The logarithm of each crop's error weighs all of them alike; the spectra keep detail in sight.
+STARTER_OBJECTIVE = Restoration(pixel=0.0, log=0.25, fft=0.1)
 STARTER_NAME = "mend-moce-ir-starter.safetensors"
 STARTER_RESTORES = ("denoise", "deblur", "derain", "dehaze", "desnow", "low-light", "jpeg")
 
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     starter.add_argument("--workers", type=int, default=2, help="threads that share out a batch")
     starter.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     starter.add_argument("--seed", type=int, default=0)
+    starter.add_argument("--initial", type=Path, help="weights to begin with: a file that `mend train export` wrote")
     starter.add_argument("--config", type=json.loads, default=STARTER_CONFIG, help="another MoCE-IR, as JSON")
     starter.set_defaults(run=_starter)
 
@@ -92,12 +93,14 @@ def _starter(arguments: argparse.Namespace) -> int:
     module = models.create("moce-ir", arguments.config)
     with torch.no_grad():
         module.output.weight.mul_(0.1)  # begin near the identity: short runs have no time to find it
+    if arguments.initial:
+        module.load_state_dict(read_export(arguments.initial).state_dict())
     trainer = Trainer(
         accelerate(module),
         pairs,
         settings,
         arguments.out,
-        Restoration(fft=STARTER_FFT_WEIGHT),
+        STARTER_OBJECTIVE,
         validation=validation_set(held_out, settings.validation_size),
     )
     provenance = {"config": dict(arguments.config), "photos": len(pairs.crops.photos), "seed": arguments.seed}

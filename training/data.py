@@ -100,8 +100,8 @@ STARTER_TASKS = (
     _single("rain", 0.11, "rain"),
     _single("raindrops", 0.015, "raindrops"),
     _single("snow", 0.09, "snow"),
-    _single("haze", 0.16, "haze"),
-    _single("low-light", 0.13, "low-light"),
+    _single("haze", 0.22, "haze"),
+    _single("low-light", 0.18, "low-light"),
     _single("jpeg", 0.06, "jpeg"),
     Task("clean", 0.05, ((),)),
     Task(

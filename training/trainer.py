@@ -63,7 +63,7 @@ class Settings:
     clip: float = 1.0
     ema_decay: float = 0.999
     stages: tuple[Stage, ...] = (
-        Stage(0.0, 64, 4),
+        Stage(0.0, 64, 8),
         Stage(0.2, 96, 4),
         Stage(0.65, 128, 4),
         Stage(0.9, 192, 2),

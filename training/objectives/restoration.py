@@ -13,6 +13,16 @@ def charbonnier(restored: torch.Tensor, target: torch.Tensor, epsilon: float = 1
     return ((restored.float() - target.float()).square() + epsilon**2).sqrt().mean()
 
 
+def log_error(restored: torch.Tensor, target: torch.Tensor, floor: float = 1e-5) -> torch.Tensor:
+    """Mean over the images of [B, C, H, W] of the logarithm of the mean squared error: PSNR, up to sign and scale.
+
+    An image's gradient is divided by its error, so that a dark or hazy one (a large error, the same everywhere) does not
+    drown a noisy one.
+    """
+    error = (restored.float() - target.float()).square().mean(dim=(1, 2, 3))
+    return (error + floor).log().mean()
+
+
 def fft_loss(restored: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference of real and imaginary parts of the 2-D spectra of [B, C, H, W] images; a scalar."""
     difference = torch.fft.rfft2(restored.float()) - torch.fft.rfft2(target.float())
@@ -21,7 +31,7 @@ def fft_loss(restored: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Restoration:
-    """Charbonnier + `fft` * spectrum difference + `balance` * routing loss, for networks that have one (MoCE-IR).
+    """Charbonnier + `fft` * spectrum difference + `log` * log error + `balance` * routing loss, for networks that have one (MoCE-IR).
 
     Called with the module, a batch of pairs [B, 3, H, W] and a CPU generator for what the network draws; returns the
     loss and its parts as numbers for the log.
@@ -29,6 +39,8 @@ class Restoration:
 
     fft: float = 0.1
     balance: float = 0.01
+    log: float = 0.0
+    pixel: float = 1.0
 
     def __call__(
         self, module: nn.Module, damaged: torch.Tensor, clean: torch.Tensor, generator: torch.Generator
@@ -44,5 +56,8 @@ class Restoration:
             restored = module(damaged)
         parts["pixel"] = charbonnier(restored, clean)
         parts["fft"] = fft_loss(restored, clean)
-        loss = parts["pixel"] + self.fft * parts["fft"] + self.balance * parts.get("balance", 0.0)
+        loss = self.pixel * parts["pixel"] + self.fft * parts["fft"] + self.balance * parts.get("balance", 0.0)
+        if self.log:
+            parts["log"] = log_error(restored, clean)
+            loss = loss + self.log * parts["log"]
         return loss, {name: value.detach() for name, value in parts.items()}

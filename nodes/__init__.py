@@ -24,6 +24,7 @@ FAMILIES: tuple[str, ...] = (
     "uncertainty",
     "ensemble",
     "input_range",
+    "colour",
     "codec",
     "operators",
     "guidance",

@@ -28,6 +28,7 @@ FAMILIES: tuple[str, ...] = (
     "codec",
     "operators",
     "guidance",
+    "zero_shot_samplers",
 )
 
 

@@ -27,9 +27,7 @@ def _constriction() -> Any:
     try:
         import constriction
     except ImportError:
-        raise MissingDependency(
-            "bitstreams need the package constriction: pip install constriction (rates can be estimated without it)"
-        ) from None
+        raise MissingDependency("bitstreams need the package constriction: pip install constriction") from None
     return constriction
 
 

@@ -113,7 +113,9 @@ def describe(found: Mapping[str, Curve], pixels: int) -> str:
 
 def plot(found: Mapping[str, Curve], pixels: int, against: str) -> Image.Image:
     """The curves as a picture: bits per pixel to the right, PSNR upwards."""
-    largest = 2 * max(p.size for p in next(iter(found.values())))  # beyond it the others would squeeze the codec's curve
+    largest = 2 * max(
+        p.size for p in next(iter(found.values()))
+    )  # beyond it the others would squeeze the codec's curve
     series = {name: [(8 * p.size / pixels, p.psnr) for p in c if p.size <= largest] for name, c in found.items()}
     series = {name: points for name, points in series.items() if points}
     return curves(series, "bits per pixel", "dB", f"PSNR to the {against} against file size")

@@ -17,4 +17,3 @@ class UncertaintyHead(nn.Sequential):
             nn.Conv2d(channels, out_channels, 3, padding=1),
             nn.Softplus(),
         )
-

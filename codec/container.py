@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..models.aio_codec import QUALITIES
+from ..models.aio_codec import LATENT_STRIDE, QUALITIES
 from .entropy import BitstreamError
 
 MAGIC, VERSION = b"MEND", 1
@@ -96,6 +96,7 @@ class Bitstream:
         if (
             not sides
             or part > LARGEST_PART
+            or tile % LATENT_STRIDE
             or quality >= QUALITIES
             or overlap >= max(1, tile)
             or not 1 <= count <= size // _PART.size

@@ -204,9 +204,12 @@ def test_a_damaged_text_is_refused(codec, tail: bytes) -> None:
 
 def test_a_header_cannot_ask_for_more_memory_than_a_part_may_take(codec) -> None:
     stream = coder.encode(codec, torch.rand(3, 16, 16), 5)
-    lying = container.Bitstream(60_000, 4_000, 5, stream.fingerprint, stream.parts)
-    with pytest.raises(entropy.BitstreamError, match="makes no sense"):
-        container.Bitstream.from_bytes(lying.to_bytes())
+    for lying in (
+        container.Bitstream(60_000, 4_000, 5, stream.fingerprint, stream.parts),
+        container.Bitstream(200, 200, 5, stream.fingerprint, stream.parts, tile=50, overlap=7),
+    ):
+        with pytest.raises(entropy.BitstreamError, match="makes no sense"):
+            container.Bitstream.from_bytes(lying.to_bytes())
 
 
 @pytest.mark.parametrize("name", ["S", "L"])

@@ -16,6 +16,7 @@ from ..errors import InputError
 from . import sockets
 from .api import advanced, io, ui
 from .images import as_image, channels_first
+from .inputs import ModelFile, model_input, one_of
 
 BY = ["quality", "bits per pixel", "file size"]
 
@@ -48,7 +49,7 @@ def _tile_input() -> io.Input:
     )
 
 
-class LoadCodec(io.ComfyNode):
+class LoadCodec(ModelFile, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -58,28 +59,13 @@ class LoadCodec(io.ComfyNode):
             description="Loads a compression network (all-in-one codec, S, L or smaller; found out from the file). "
             "Whoever decodes needs the same file.",
             inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=host.model_files(),
-                    tooltip="A codec file from models/restoration. wiring-aio-codec comes with Mend: it compresses, but "
-                    "restores nothing.",
+                model_input(
+                    "A codec file from models/restoration. wiring-aio-codec comes with Mend: it compresses, but "
+                    "restores nothing."
                 )
             ],
             outputs=[sockets.Codec.Output("codec", display_name="codec", tooltip="For the other codec nodes.")],
         )
-
-    @classmethod
-    def validate_inputs(cls, model_name: str) -> bool | str:
-        try:
-            host.model_path(model_name)
-        except Exception as error:
-            return str(error)
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, model_name: str) -> str:
-        status = host.model_path(model_name).stat()
-        return f"{status.st_mtime_ns}:{status.st_size}"
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
@@ -138,7 +124,7 @@ class EncodeBitstream(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, by: str) -> bool | str:
-        return True if by in BY else f"by: {by!r} is not one of {', '.join(BY)}"
+        return one_of("by", by, BY)
 
     @classmethod
     def execute(cls, codec, image, by="quality", quality=32, bits_per_pixel=0.5, kilobytes=50.0, tile=1024):

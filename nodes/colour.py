@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..engine import colours
 from .api import advanced, io
 from .images import as_image, channels_first
+from .inputs import one_of
 
 
 class ColourFix(io.ComfyNode):
@@ -54,8 +55,7 @@ class ColourFix(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, method: str) -> bool | str:
-        known = colours.METHODS
-        return True if method in known else f"method: {method!r} is not one of {', '.join(known)}"
+        return one_of("method", method, colours.METHODS)
 
     @classmethod
     def execute(cls, image, reference, method="wavelet", strength=1.0, levels=5) -> io.NodeOutput:

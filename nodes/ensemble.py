@@ -6,12 +6,12 @@ from ..engine import ensemble, uncertainty
 from . import sockets
 from .api import advanced, io
 from .images import as_image, as_mask, channels_first
-from .restore import PRECISIONS
+from .inputs import Precision, one_of, tiling_inputs
 
 COUNTS = {"2 (mirrored)": 2, "4 (mirrored both ways)": 4, "8 (and turned)": 8}
 
 
-class SelfEnsemble(io.ComfyNode):
+class SelfEnsemble(Precision, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -40,29 +40,7 @@ class SelfEnsemble(io.ComfyNode):
                         tooltip="Spread that is white in the mask. 0: nearly the largest one of this batch.",
                     )
                 ),
-                advanced(
-                    io.Int.Input(
-                        "tile",
-                        default=0,
-                        min=0,
-                        max=8192,
-                        step=8,
-                        tooltip="Side of a tile in pixels; 0 fits free memory.",
-                    )
-                ),
-                advanced(
-                    io.Int.Input(
-                        "overlap", default=-1, min=-1, max=1024, tooltip="Pixels tiles share; -1 chooses by itself."
-                    )
-                ),
-                advanced(
-                    io.Combo.Input(
-                        "precision",
-                        options=PRECISIONS,
-                        default="auto",
-                        tooltip="auto: half precision where the device is good at it, 32 bit elsewhere.",
-                    )
-                ),
+                *tiling_inputs(),
             ],
             outputs=[
                 io.Image.Output("restored", display_name="image", tooltip="The average, clamped to 0..1."),
@@ -76,10 +54,9 @@ class SelfEnsemble(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, precision: str, ways: str) -> bool | str:
-        if ways not in COUNTS:
-            return f"ways: {ways!r} is not one of {', '.join(COUNTS)}"
-        return True if precision in PRECISIONS else f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}"
+    def validate_inputs(cls, precision: str | None, ways: str | None) -> bool | str:
+        problem = one_of("ways", ways, COUNTS)
+        return super().validate_inputs(precision) if problem is True else problem
 
     @classmethod
     def execute(

@@ -11,7 +11,7 @@ from ..guidance import cm4ir, rdmd, schedules
 from . import sockets
 from .api import advanced, io
 from .images import as_image
-from .restore import PRECISIONS
+from .inputs import ModelFile, model_input, precision_input
 
 CATEGORY = "Mend/zero-shot"
 STEPS = "Mend/zero-shot/steps"
@@ -117,7 +117,7 @@ def _picked(sigmas: torch.Tensor, index: int) -> tuple[float, float | None]:
     return float(levels[index]), float(levels[index + 1]) if index + 1 < len(levels) else None
 
 
-class LoadPrior(io.ComfyNode):
+class LoadPrior(ModelFile, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -127,11 +127,7 @@ class LoadPrior(io.ComfyNode):
             description="Loads a pixel-space diffusion or consistency model: OpenAI's ImageNet, LSUN and FFHQ checkpoints as "
             "released. Form and size are read from the file.",
             inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=host.model_files(),
-                    tooltip="A file from models/restoration, or one of Mend's own.",
-                ),
+                model_input("A file from models/restoration, or one of Mend's own."),
                 advanced(
                     io.Combo.Input(
                         "kind",
@@ -148,32 +144,12 @@ class LoadPrior(io.ComfyNode):
                     max=9999,
                     tooltip="What the picture shows, for a prior that knows classes (ImageNet: 0..999). -1: none.",
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "precision",
-                        options=PRECISIONS,
-                        default="auto",
-                        tooltip="auto: half precision where the device is good at it, 32 bit elsewhere.",
-                    )
-                ),
+                precision_input(),
             ],
             outputs=[
                 sockets.Prior.Output("prior", display_name="prior", tooltip="A denoiser: what pictures look like.")
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, model_name: str) -> bool | str:
-        try:
-            host.model_path(model_name)
-        except Exception as error:
-            return str(error)
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, model_name: str, kind="automatic", class_index=-1, precision="auto") -> str:
-        status = host.model_path(model_name).stat()
-        return f"{status.st_mtime_ns}:{status.st_size}"
 
     @classmethod
     def execute(cls, model_name, kind="automatic", class_index=-1, precision="auto") -> io.NodeOutput:

@@ -7,6 +7,7 @@ from ..models.transweather import INPUT_RANGES
 from . import sockets
 from .api import io
 from .images import channels_first
+from .inputs import one_of
 
 
 class InputRange(io.ComfyNode):
@@ -41,7 +42,7 @@ class InputRange(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, range: str) -> bool | str:
-        return True if range in INPUT_RANGES else f"range: {range!r} is not one of {', '.join(INPUT_RANGES)}"
+        return one_of("range", range, INPUT_RANGES)
 
     @classmethod
     def execute(cls, restorer, range="auto", image=None) -> io.NodeOutput:

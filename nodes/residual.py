@@ -4,37 +4,12 @@ from __future__ import annotations
 
 from ..engine import host, loaded, residuals
 from . import sockets
-from .api import advanced, io
+from .api import io
 from .images import as_image, channels_first, connected_mask
-from .restore import PRECISIONS
+from .inputs import ModelFile, Precision, model_input, tiling_inputs
 
 
-def _tiling_inputs() -> list[io.Input]:
-    return [
-        advanced(
-            io.Int.Input(
-                "tile", default=0, min=0, max=8192, step=8, tooltip="Side of a tile in pixels; 0 fits free memory."
-            )
-        ),
-        advanced(
-            io.Int.Input("overlap", default=-1, min=-1, max=1024, tooltip="Pixels tiles share; -1 chooses by itself.")
-        ),
-        advanced(
-            io.Combo.Input(
-                "precision",
-                options=PRECISIONS,
-                default="auto",
-                tooltip="auto: half precision where the device is good at it, 32 bit elsewhere.",
-            )
-        ),
-    ]
-
-
-def _check_precision(precision: str) -> bool | str:
-    return True if precision in PRECISIONS else f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}"
-
-
-class FirstPass(io.ComfyNode):
+class FirstPass(Precision, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -54,7 +29,7 @@ class FirstPass(io.ComfyNode):
                     step=0.1,
                     tooltip="Amplification of the residual picture, which is only for looking at.",
                 ),
-                *_tiling_inputs(),
+                *tiling_inputs(),
             ],
             outputs=[
                 io.Image.Output("restored", display_name="image", tooltip="The first restoration."),
@@ -66,10 +41,6 @@ class FirstPass(io.ComfyNode):
                 ),
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, precision: str) -> bool | str:
-        return _check_precision(precision)
 
     @classmethod
     def execute(cls, restorer, image, gain=2.0, tile=0, overlap=-1, precision="auto") -> io.NodeOutput:
@@ -127,7 +98,7 @@ class EncodeResidual(io.ComfyNode):
         )
 
 
-class RestoreWithResidual(io.ComfyNode):
+class RestoreWithResidual(Precision, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -155,7 +126,7 @@ class RestoreWithResidual(io.ComfyNode):
                     max=20,
                     tooltip="1: as published. Each further one starts from the residual of the result before.",
                 ),
-                *_tiling_inputs(),
+                *tiling_inputs(),
                 sockets.Residual.Input(
                     "residual",
                     optional=True,
@@ -164,10 +135,6 @@ class RestoreWithResidual(io.ComfyNode):
             ],
             outputs=[io.Image.Output("restored", display_name="image", tooltip="Restored pictures, clamped to 0..1.")],
         )
-
-    @classmethod
-    def validate_inputs(cls, precision: str) -> bool | str:
-        return _check_precision(precision)
 
     @classmethod
     def execute(
@@ -194,7 +161,7 @@ class RestoreWithResidual(io.ComfyNode):
         return io.NodeOutput(as_image(restored))
 
 
-class LoadPotential(io.ComfyNode):
+class LoadPotential(ModelFile, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -203,28 +170,9 @@ class LoadPotential(io.ComfyNode):
             category="Mend/residual",
             description="Loads the critic of a DA-RCOT file (released files hold it beside the restorer), for Potential "
             "Score.",
-            inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=host.model_files(),
-                    tooltip="A DA-RCOT file from models/restoration; the same one that Load Restorer takes.",
-                )
-            ],
+            inputs=[model_input("A DA-RCOT file from models/restoration; the same one that Load Restorer takes.")],
             outputs=[sockets.Restorer.Output("potential", display_name="potential", tooltip="For Potential Score.")],
         )
-
-    @classmethod
-    def validate_inputs(cls, model_name: str) -> bool | str:
-        try:
-            host.model_path(model_name)
-        except Exception as error:
-            return str(error)
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, model_name: str) -> str:
-        status = host.model_path(model_name).stat()
-        return f"{status.st_mtime_ns}:{status.st_size}"
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:

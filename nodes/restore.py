@@ -6,11 +6,10 @@ from ..engine import host, loaded, mix, tiling
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first, connected_mask
+from .inputs import ModelFile, Precision, model_input, tiling_inputs
 
-PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 
-
-class LoadRestorer(io.ComfyNode):
+class LoadRestorer(ModelFile, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -20,11 +19,9 @@ class LoadRestorer(io.ComfyNode):
             description="Loads a restoration network. What it is and how it is built is read from the file itself; "
             "released checkpoints load as they are. Files go to models/restoration; the starter weights are built in.",
             inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=host.model_files(),
-                    tooltip="A .safetensors, .pth, .pt or .ckpt file from models/restoration, or a starter network "
-                    "that comes with Mend. Pickled files are read without running anything in them.",
+                model_input(
+                    "A .safetensors, .pth, .pt or .ckpt file from models/restoration, or a starter network "
+                    "that comes with Mend. Pickled files are read without running anything in them."
                 )
             ],
             outputs=[
@@ -35,24 +32,11 @@ class LoadRestorer(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str) -> bool | str:
-        try:
-            host.model_path(model_name)
-        except Exception as error:
-            return str(error)
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, model_name: str) -> str:
-        status = host.model_path(model_name).stat()
-        return f"{status.st_mtime_ns}:{status.st_size}"
-
-    @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
         return io.NodeOutput(loaded.load(host.model_path(model_name)))
 
 
-class Restore(io.ComfyNode):
+class Restore(Precision, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -64,35 +48,7 @@ class Restore(io.ComfyNode):
             inputs=[
                 sockets.Restorer.Input("restorer", tooltip="From Load Restorer."),
                 io.Image.Input("image", tooltip="Pictures to restore: any size, grey, colour or with transparency."),
-                advanced(
-                    io.Int.Input(
-                        "tile",
-                        default=0,
-                        min=0,
-                        max=8192,
-                        step=8,
-                        tooltip="Side of a tile in pixels. 0 chooses the largest that fits into free memory; if it "
-                        "does not fit after all, smaller ones are used.",
-                    )
-                ),
-                advanced(
-                    io.Int.Input(
-                        "overlap",
-                        default=-1,
-                        min=-1,
-                        max=1024,
-                        tooltip="Pixels that neighbouring tiles share. -1 chooses by the network's receptive field.",
-                    )
-                ),
-                advanced(
-                    io.Combo.Input(
-                        "precision",
-                        options=PRECISIONS,
-                        default="auto",
-                        tooltip="auto: half precision where the device is good at it, 32 bit elsewhere. A tile that "
-                        "overflows in half precision is repeated in 32 bit.",
-                    )
-                ),
+                *tiling_inputs(),
                 sockets.Routing.Input(
                     "routing",
                     optional=True,
@@ -106,10 +62,6 @@ class Restore(io.ComfyNode):
             ],
             outputs=[io.Image.Output("restored", display_name="image", tooltip="Restored pictures, clamped to 0..1.")],
         )
-
-    @classmethod
-    def validate_inputs(cls, precision: str) -> bool | str:
-        return True if precision in PRECISIONS else f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}"
 
     @classmethod
     def execute(cls, restorer, image, tile=0, overlap=-1, precision="auto", routing=None, degradation=None):

@@ -8,7 +8,7 @@ from ..models.mambairv2 import ROUTE_MODES
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first
-from .restore import PRECISIONS
+from .inputs import Precision, one_of, precision_input
 
 MODES = list(ROUTE_MODES)
 
@@ -84,7 +84,7 @@ class RouteMode(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, mode: str) -> bool | str:
-        return True if mode in MODES else f"mode: {mode!r} is not one of {', '.join(MODES)}"
+        return one_of("mode", mode, MODES)
 
     @classmethod
     def execute(cls, restorer, mode="argmax", seed=0, samples=4) -> io.NodeOutput:
@@ -137,7 +137,7 @@ class RouteMap(io.ComfyNode):
         return io.NodeOutput(as_image(state_space.class_map(routes[layer], pictures, opacity)), text)
 
 
-class OfficialTiling(io.ComfyNode):
+class OfficialTiling(Precision, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -159,18 +159,10 @@ class OfficialTiling(io.ComfyNode):
                         tooltip="A side of n pixels becomes n // threshold + 1 tiles. Published: 200.",
                     )
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "precision", options=PRECISIONS, default="fp32", tooltip="Published figures are 32 bit ones."
-                    )
-                ),
+                precision_input("fp32", "Published figures are 32 bit ones."),
             ],
             outputs=[io.Image.Output("restored", display_name="image", tooltip="Restored pictures, clamped to 0..1.")],
         )
-
-    @classmethod
-    def validate_inputs(cls, precision: str) -> bool | str:
-        return True if precision in PRECISIONS else f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}"
 
     @classmethod
     def execute(cls, restorer, image, threshold=official_tiling.THRESHOLD, precision="fp32") -> io.NodeOutput:

@@ -7,12 +7,12 @@ from ..errors import InputError
 from . import sockets
 from .api import advanced, io
 from .images import as_image, as_mask, channels_first, connected_mask
-from .restore import PRECISIONS
+from .inputs import Precision, one_of, tiling_inputs
 
 WAYS = ["amount", "mask", "uncertainty", "degradation"]
 
 
-class RestoreWithUncertainty(io.ComfyNode):
+class RestoreWithUncertainty(Precision, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -34,29 +34,7 @@ class RestoreWithUncertainty(io.ComfyNode):
                     tooltip="Uncertainty that is white in the mask. 0: nearly the largest one of this batch. Give two "
                     "networks the same value to compare or blend their masks.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "tile",
-                        default=0,
-                        min=0,
-                        max=8192,
-                        step=8,
-                        tooltip="Side of a tile in pixels; 0 fits free memory.",
-                    )
-                ),
-                advanced(
-                    io.Int.Input(
-                        "overlap", default=-1, min=-1, max=1024, tooltip="Pixels tiles share; -1 chooses by itself."
-                    )
-                ),
-                advanced(
-                    io.Combo.Input(
-                        "precision",
-                        options=PRECISIONS,
-                        default="auto",
-                        tooltip="auto: half precision where the device is good at it, 32 bit elsewhere.",
-                    )
-                ),
+                *tiling_inputs(),
             ],
             outputs=[
                 io.Image.Output("restored", display_name="image", tooltip="Restored pictures, clamped to 0..1."),
@@ -75,10 +53,6 @@ class RestoreWithUncertainty(io.ComfyNode):
                 ),
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, precision: str) -> bool | str:
-        return True if precision in PRECISIONS else f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}"
 
     @classmethod
     def execute(cls, restorer, image, white=0.0, tile=0, overlap=-1, precision="auto") -> io.NodeOutput:
@@ -156,7 +130,7 @@ class BlendRestorations(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, by: str) -> bool | str:
-        return True if by in WAYS else f"by: {by!r} is not one of {', '.join(WAYS)}"
+        return one_of("by", by, WAYS)
 
     @classmethod
     def execute(

@@ -6,6 +6,7 @@ from ..engine import degradations
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first, connected_mask
+from .inputs import one_of
 
 
 class EncodeDegradation(io.ComfyNode):
@@ -55,8 +56,7 @@ class EncodeDegradation(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, view: str) -> bool | str:
-        known = degradations.VIEWS
-        return True if view in known else f"view: {view!r} is not one of {', '.join(known)}"
+        return one_of("view", view, degradations.VIEWS)
 
     @classmethod
     def execute(cls, restorer, image, view="centre", mask=None, average=False) -> io.NodeOutput:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ..engine import coarse as coarse_images
 from . import sockets
-from .api import advanced, io
+from .api import io
 from .images import as_image, channels_first
-from .restore import PRECISIONS
+from .inputs import Precision, tiling_inputs
 
 
 class CoarseImage(io.ComfyNode):
@@ -32,7 +32,7 @@ class CoarseImage(io.ComfyNode):
         return io.NodeOutput(as_image(coarse_images.predict(restorer, channels_first(image)).image.clamp(0, 1)))
 
 
-class RemoveWeather(io.ComfyNode):
+class RemoveWeather(Precision, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -54,29 +54,9 @@ class RemoveWeather(io.ComfyNode):
                     tooltip="How much of the connected coarse image to use: 0 only the network's own, 1 only yours. "
                     "Without one connected it has no effect.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "tile",
-                        default=0,
-                        min=0,
-                        max=8192,
-                        step=4,
-                        tooltip="Side of a tile in pixels; 0 fits free memory. This network looks at the whole picture, so "
-                        "tiles change the result: take the largest you can.",
-                    )
-                ),
-                advanced(
-                    io.Int.Input(
-                        "overlap", default=-1, min=-1, max=1024, tooltip="Pixels tiles share; -1 chooses by itself."
-                    )
-                ),
-                advanced(
-                    io.Combo.Input(
-                        "precision",
-                        options=PRECISIONS,
-                        default="auto",
-                        tooltip="auto: half precision where the device is good at it, 32 bit elsewhere.",
-                    )
+                *tiling_inputs(
+                    "This network looks at the whole picture, so tiles change the result: take the largest you can.",
+                    step=4,
                 ),
                 io.Image.Input(
                     "coarse",
@@ -91,10 +71,6 @@ class RemoveWeather(io.ComfyNode):
                 ),
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, precision: str) -> bool | str:
-        return True if precision in PRECISIONS else f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}"
 
     @classmethod
     def execute(cls, restorer, image, blend=1.0, tile=0, overlap=-1, precision="auto", coarse=None) -> io.NodeOutput:

@@ -179,6 +179,15 @@ BAD_PROMPTS: dict[str, dict[str, Any]] = {
     },
     "bad link": {"2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0, 0]}}},
     "no such node": {"2": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}}},
+    "checked by the node": {
+        "1": {"class_type": "MendLoadRestorer", "inputs": {"model_name": "mend-moce-ir-starter.safetensors"}},
+        "2": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
+        "3": {
+            "class_type": "MendRestore",
+            "inputs": {"restorer": ["1", 0], "image": ["2", 0], "tile": 0, "overlap": -1, "precision": "fp8"},
+        },
+        "4": {"class_type": "PreviewImage", "inputs": {"images": ["3", 0]}},
+    },
     "one good": {
         "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
         "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},

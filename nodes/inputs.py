@@ -1,0 +1,71 @@
+"""Inputs that several nodes have, with their checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..engine import host
+from .api import advanced, io
+
+PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
+
+
+def one_of(name: str, value: Any, options: Iterable[str]) -> bool | str:
+    """What `validate_inputs` returns for a choice; None means that a wire brings the value, which is not known yet."""
+    options = list(options)
+    return True if value is None or value in options else f"{name}: {value!r} is not one of {', '.join(options)}"
+
+
+def model_input(tooltip: str) -> io.Input:
+    """The choice of a model file; the node that has it is a `ModelFile`."""
+    return io.Combo.Input("model_name", options=host.model_files(), tooltip=tooltip)
+
+
+class ModelFile:
+    """Mixin before io.ComfyNode, for nodes with a `model_input`: the file exists; the node runs again when it changed."""
+
+    @classmethod
+    def validate_inputs(cls, model_name: str | None) -> bool | str:
+        try:
+            if model_name is not None:
+                host.model_path(model_name)
+        except Exception as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, **others: Any) -> str:
+        status = host.model_path(model_name).stat()
+        return f"{status.st_mtime_ns}:{status.st_size}"
+
+
+def precision_input(default: str = "auto", tooltip: str = "") -> io.Input:
+    """In which number format to compute; the node that has it is a `Precision`."""
+    usual = (
+        "auto: half precision where the device is good at it, 32 bit elsewhere. A tile that overflows in half precision "
+        "is repeated in 32 bit."
+    )
+    return advanced(io.Combo.Input("precision", options=PRECISIONS, default=default, tooltip=tooltip or usual))
+
+
+class Precision:
+    """Mixin before io.ComfyNode, for nodes with a `precision_input`."""
+
+    @classmethod
+    def validate_inputs(cls, precision: str | None) -> bool | str:
+        return one_of("precision", precision, PRECISIONS)
+
+
+def tiling_inputs(note: str = "", step: int = 8) -> list[io.Input]:
+    """tile, overlap and precision, as `engine.tiling.restore` takes them. note: a sentence more about the tiles."""
+    tile = (
+        "Side of a tile in pixels. 0 chooses the largest that fits into free memory; if it does not fit after all, "
+        f"smaller ones are used. {note}"
+    )
+    shared = "Pixels that neighbouring tiles share. -1 chooses by the network's receptive field."
+    return [
+        advanced(io.Int.Input("tile", default=0, min=0, max=8192, step=step, tooltip=tile.strip())),
+        advanced(io.Int.Input("overlap", default=-1, min=-1, max=1024, tooltip=shared)),
+        precision_input(),
+    ]

@@ -1,0 +1,40 @@
+"""Checks that many nodes share."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from comfyui_mend.nodes import node_classes
+from comfyui_mend.nodes.inputs import PRECISIONS, ModelFile, Precision, one_of
+
+NODES = node_classes()
+
+
+def test_a_choice_is_checked_unless_a_wire_brings_it():
+    assert one_of("mode", "a", ["a", "b"]) is True
+    assert one_of("mode", None, ["a", "b"]) is True
+    assert one_of("mode", "c", {"a": 1, "b": 2}) == "mode: 'c' is not one of a, b"
+
+
+@pytest.mark.parametrize("node", [n for n in NODES if issubclass(n, ModelFile)])
+def test_a_loader_says_before_the_run_that_a_file_is_missing_and_notices_a_changed_one(node, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEND_MODELS", str(tmp_path))
+    assert "there is no file 'gone.safetensors'" in node.validate_inputs("gone.safetensors")
+    file = tmp_path / "here.safetensors"
+    file.write_bytes(b"1")
+    assert node.validate_inputs("here.safetensors") is True
+    first = node.fingerprint_inputs("here.safetensors")
+    assert first == node.fingerprint_inputs("here.safetensors")
+    os.utime(file, ns=(0, 0))
+    assert first != node.fingerprint_inputs("here.safetensors")
+
+
+def test_every_node_with_a_precision_or_a_model_file_checks_it():
+    for node in NODES:
+        inputs = {i.id: i for i in node.GET_SCHEMA().inputs or []}
+        if "model_name" in inputs:
+            assert issubclass(node, ModelFile), node
+        elif "precision" in inputs:
+            assert issubclass(node, Precision) and inputs["precision"].options == PRECISIONS, node

@@ -129,11 +129,12 @@ class DepthConv(nn.Module):
 class GatedConvFeedForward(nn.Module):
     """Residual 1x1 feed-forward of two halves: the sum of their activations, or the first gated by the second."""
 
-    def __init__(self, channels: int, product: bool) -> None:
+    def __init__(self, channels: int, product: bool, expansion: float) -> None:
         super().__init__()
         self.product = product
-        self.conv = nn.Conv2d(channels, channels * 4, 1)
-        self.conv_out = nn.Conv2d(channels * 2, channels, 1)
+        half = int(channels * expansion / 2)
+        self.conv = nn.Conv2d(channels, 2 * half, 1)
+        self.conv_out = nn.Conv2d(half, channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a, b = self.conv(x).chunk(2, dim=1)
@@ -145,9 +146,11 @@ class GatedConvFeedForward(nn.Module):
 class DepthConvBlock(nn.Module):
     """`DepthConv` and a feed-forward, under the released key `block`."""
 
-    def __init__(self, channels: int, out_channels: int, product: bool = False) -> None:
+    def __init__(self, channels: int, out_channels: int, product: bool = False, expansion: float = 4.0) -> None:
         super().__init__()
-        self.block = nn.Sequential(DepthConv(channels, out_channels), GatedConvFeedForward(out_channels, product))
+        self.block = nn.Sequential(
+            DepthConv(channels, out_channels), GatedConvFeedForward(out_channels, product, expansion)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.block(x)
@@ -248,7 +251,12 @@ class Latent:
 
 
 class AllInOneCodec(nn.Module):
-    """The network. Images [B, 3, H, W] in 0..1, sides multiples of 16 (`pad` makes them so)."""
+    """The network. Images [B, 3, H, W] in 0..1, sides multiples of 16 (`pad` makes them so).
+
+    prior_widths: channels inside `y_prior_fusion` (one) and inside `y_spatial_prior` (two); published: 2, 3 and 2 times
+    N_ch. Together with prior_expansion, of the feed-forward parts in there, it decides how large a small codec is: these
+    two networks grow with the square of N_ch.
+    """
 
     def __init__(
         self,
@@ -262,6 +270,8 @@ class AllInOneCodec(nn.Module):
         bias: bool = False,
         LayerNorm_type: str = "BiasFree",
         sigmoid: bool = False,
+        prior_widths: Sequence[int] | None = None,
+        prior_expansion: float = 4.0,
     ) -> None:
         super().__init__()
         if z_ch != 4 * dim:
@@ -270,6 +280,9 @@ class AllInOneCodec(nn.Module):
             raise ConfigError(f"N_ch is {N_ch}, must be even: the latent is coded in two halves")
         if len(num_blocks) != 4 or len(heads) != 4:
             raise ConfigError("num_blocks and heads need four entries")
+        widths = tuple(prior_widths or (2 * N_ch, 3 * N_ch, 2 * N_ch))
+        if len(widths) != 3:
+            raise ConfigError(f"prior_widths are {widths}, must be three")
 
         def make(level: int, count: int) -> list[nn.Module]:
             settings = (dim * 2**level, heads[level], ffn_expansion_factor, bias, LayerNorm_type == "WithBias", sigmoid)
@@ -292,11 +305,15 @@ class AllInOneCodec(nn.Module):
             ]
         )
         self.hyper_dec = Stage([UpsampleBlock(z_ch), UpsampleBlock(z_ch), DepthConvBlock(z_ch, N_ch)])
-        self.y_prior_fusion = nn.Sequential(DepthConvBlock(N_ch, 2 * N_ch), DepthConvBlock(2 * N_ch, 3 * N_ch))
+        fusion, first, second = widths
+        self.y_prior_fusion = nn.Sequential(
+            DepthConvBlock(N_ch, fusion, expansion=prior_expansion),
+            DepthConvBlock(fusion, 3 * N_ch, expansion=prior_expansion),
+        )
         self.y_spatial_prior = nn.Sequential(
-            DepthConvBlock(4 * N_ch, 3 * N_ch, product=True),
-            DepthConvBlock(3 * N_ch, 2 * N_ch, product=True),
-            DepthConvBlock(2 * N_ch, 2 * N_ch, product=True),
+            DepthConvBlock(4 * N_ch, first, True, prior_expansion),
+            DepthConvBlock(first, second, True, prior_expansion),
+            DepthConvBlock(second, 2 * N_ch, True, prior_expansion),
         )
         self.refine = nn.Conv2d(dim, 3, 3, padding=1)
 
@@ -469,6 +486,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "L": {"dim": 48, "N_ch": 288, "z_ch": 192, **_BLOCKS},
 }
 _SIGNATURE = ("bit_estimator_z.f1.h", "enc.encoder_x16.blocks.0.attn_s.a.0.weight")
+_PRIOR_BLOCKS = ("y_prior_fusion.0", "y_spatial_prior.0", "y_spatial_prior.1")
 _STAGES = ("encoder_x2", "encoder_x4", "encoder_x8", "encoder_x16")
 
 
@@ -480,16 +498,17 @@ def _build(config: Mapping[str, Any]) -> nn.Module:
 
 
 def _config_from_state_dict(state: State) -> dict[str, Any]:
-    firsts = [f"enc.{stage}.blocks.0" for stage in _STAGES]
-    missing = [first for first in firsts if f"{first}.attn.temperature" not in state]
-    if missing:
-        raise CheckpointError(f"all-in-one codec: no blocks at {missing[0]}")
     counts = [
         sum(f"enc.{stage}.blocks.{i}.attn.temperature" in state for i in indices(state, f"enc.{stage}.blocks."))
         for stage in _STAGES
     ]
+    firsts = {level: f"enc.{_STAGES[level]}.blocks.0" for level, count in enumerate(counts) if count}
+    missing = [first for first in firsts.values() if f"{first}.attn.temperature" not in state]
+    if missing or not firsts:
+        raise CheckpointError(f"all-in-one codec: no blocks at {missing[0] if missing else 'any level'}")
+    first = firsts[max(firsts)]
     dim = state["enc.patch_embed.proj.weight"].shape[0]
-    hidden = [(state[f"{first}.ffn.project_out.weight"].shape[1], dim * 2**level) for level, first in enumerate(firsts)]
+    hidden = [(state[f"{first}.ffn.project_out.weight"].shape[1], dim * 2**level) for level, first in firsts.items()]
     factor = next(
         (f for f in (2.66, 2.0, 4.0) if all(int(w * f) == h for h, w in hidden)), hidden[-1][0] / hidden[-1][1]
     )
@@ -498,12 +517,24 @@ def _config_from_state_dict(state: State) -> dict[str, Any]:
         "N_ch": state["N_dim_compress.weight"].shape[0],
         "z_ch": state["q_basic_enc"].shape[1],
         "num_blocks": tuple(counts),
-        "heads": tuple(state[f"{first}.attn.temperature"].shape[0] for first in firsts),
+        "heads": tuple(
+            state[f"{firsts[level]}.attn.temperature"].shape[0] if level in firsts else 1 for level in range(4)
+        ),
         "ffn_expansion_factor": factor,
-        "bias": f"{firsts[0]}.attn.qkv.bias" in state,
-        "LayerNorm_type": "WithBias" if f"{firsts[0]}.norm1.body.bias" in state else "BiasFree",
+        "bias": f"{first}.attn.qkv.bias" in state,
+        "LayerNorm_type": "WithBias" if f"{first}.norm1.body.bias" in state else "BiasFree",
         "sigmoid": False,
+        **_prior_from_state_dict(state),
     }
+
+
+def _prior_from_state_dict(state: State) -> dict[str, Any]:
+    """Sizes of the entropy model where they are not the published ones."""
+    outputs = [state[f"{_PRIOR_BLOCKS[i]}.block.0.conv2.weight"].shape[0] for i in range(3)]
+    half = state[f"{_PRIOR_BLOCKS[0]}.block.1.conv_out.weight"].shape[1]
+    channels = state["N_dim_compress.weight"].shape[0]
+    published = outputs == [2 * channels, 3 * channels, 2 * channels] and half == 2 * outputs[0]
+    return {} if published else {"prior_widths": tuple(outputs), "prior_expansion": 2 * half / outputs[0]}
 
 
 def _prepare(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

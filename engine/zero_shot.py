@@ -129,10 +129,10 @@ def network_prior(loaded: LoadedRestorer, kind: str = AUTOMATIC, label: int | No
     if restorer.architecture.kind != "prior":
         raise InputError(f"model: {restorer.architecture.title} is a {restorer.architecture.kind}, not a prior")
     if kind == AUTOMATIC:
-        kind = "epsilon"
+        kind = getattr(restorer.module, "form", "epsilon")
         if restorer.config.get("wrapper") == "karras":
             kind = "EDM" if "edm" in restorer.source.lower().replace("\\", "/").rsplit("/", 1)[-1] else "consistency"
-    classes = restorer.config["unet"].get("num_classes")
+    classes = getattr(restorer.module, "num_classes", None)
     if classes is not None and label is None:
         raise InputError(f"class_index: this prior was trained with {classes} classes; choose one in 0..{classes - 1}")
     if classes is not None and not 0 <= label < classes:

@@ -41,6 +41,7 @@ _MODULES = (
     "promptir",
     "mpmf_net",
     "guided_diffusion_unet",
+    "noise_unet",
     "aio_codec",
 )
 

@@ -236,10 +236,16 @@ class Trainer:
         averaged, current = list(self.average.parameters()), list(self.module.parameters())
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
-    def run(self, should_stop: Callable[[], bool] = lambda: False, bar: bool = True) -> dict[str, float]:
+    def run(
+        self,
+        should_stop: Callable[[], bool] = lambda: False,
+        bar: bool = True,
+        on_step: Callable[[Mapping[str, float]], None] | None = None,
+    ) -> dict[str, float]:
         """Trains to the end and returns the validation scores of the averaged weights.
 
-        Stops after the current step, with everything saved, when `should_stop` says so: raises Cancelled.
+        Stops after the current step, with everything saved, when `should_stop` says so: raises Cancelled. `on_step` is
+        told the numbers of every step.
         """
         saved = validated = time.monotonic()
         sums: dict[str, float] = {}
@@ -256,6 +262,8 @@ class Trainer:
                     line.set_postfix(loss=f"{sums['loss']:.4f}", step=self.progress.step, refresh=False)
                     sums = {}
                 line.update(int(1000 * self.share) - line.n)
+                if on_step is not None:
+                    on_step(values)
                 if should_stop():
                     self.save()
                     raise Cancelled(f"training stopped after {self.progress.step} steps; run it again to go on")
@@ -285,33 +293,39 @@ class Trainer:
 
     def save(self) -> None:
         """Writes last.pt, whole or not at all."""
-        state = {
+        torch.save(self.state(), self.folder / "last.pt.part")
+        os.replace(self.folder / "last.pt.part", self.folder / "last.pt")
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the run needs to go on."""
+        return {
             "module": self.module.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
             "generators": [self.generator.get_state(), self.pairs.generator.get_state()],
         }
-        torch.save(state, self.folder / "last.pt.part")
-        os.replace(self.folder / "last.pt.part", self.folder / "last.pt")
 
     def resume(self) -> bool:
         """Goes on from last.pt if there is one. Raises CheckpointError if it belongs to another network."""
         path = self.folder / "last.pt"
         if not path.exists():
             return False
-        state = torch.load(path, map_location="cpu", weights_only=True)
         try:
-            self.module.load_state_dict(state["module"])
-            self.average.load_state_dict(state["average"])
+            self.load_state(torch.load(path, map_location="cpu", weights_only=True))
         except RuntimeError as error:
             raise CheckpointError(f"{path}: belongs to another network; choose another folder. {error}") from None
+        logger.info("going on at step %d", self.progress.step)
+        return True
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state` gave. Raises RuntimeError if it belongs to another network."""
+        self.module.load_state_dict(state["module"])
+        self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
         self.generator.set_state(state["generators"][0])
         self.pairs.generator.set_state(state["generators"][1])
-        logger.info("going on at step %d", self.progress.step)
-        return True
 
 
 def export(
@@ -321,10 +335,14 @@ def export(
     config: Mapping[str, Any],
     tasks: Sequence[str] = (),
     training: Mapping[str, Any] | None = None,
+    half: bool = True,
 ) -> None:
-    """Writes the weights in half precision as safetensors, with what is needed to build the network and to trust it."""
+    """Writes the weights as safetensors, with what is needed to build the network and to trust it.
+
+    half: in half precision, half the size.
+    """
     state = {
-        name: (value.half() if value.is_floating_point() else value).contiguous().clone()
+        name: (value.half() if half and value.is_floating_point() else value).contiguous().clone()
         for name, value in module.state_dict().items()
     }
     metadata = {

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 BENCHES = {
     "restorer": ("restorer", "time, throughput and peak memory of networks"),
+    "memory": ("memory", "bytes per pixel of each network, which tiling plans with"),
     "kernels": ("kernels", "operators against the memory bandwidth"),
     "tur": ("tur", "TransWeather and Uformer against other implementations"),
     "quality": ("starter_quality", "the starter weights against classical methods"),

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"`mend bench restorer {' '.join(arguments)}`; {machine.describe(device)}; best of {args.repeat} (median)\n")
     print("| network | parameters | size | precision | ms (median) | MP/s | peak activations MB | bytes/pixel |")
     print("|---|---|---|---|---|---|---|---|")
-    for name, restorer in _networks(args):
+    for name, restorer in networks(args.model, args.only, args.variant):
         for size in args.size:
             for precision in args.precision:
                 try:
@@ -68,18 +68,22 @@ def _wait(device: torch.device) -> None:
         torch.get_device_module(device).synchronize(device)
 
 
-def _networks(args: argparse.Namespace) -> Iterator[tuple[str, models.Restorer]]:
-    for file in args.model or []:
+def networks(
+    files: Sequence[str] | None,
+    only: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
+    kinds: Sequence[str] = ("restorer",),
+) -> Iterator[tuple[str, models.Restorer]]:
+    """Name and network of model files, or without any of every released setting with random weights."""
+    for file in files or []:
         yield file, loaded.load(host.model_path(file)).restorer
     for architecture in models.registry.architectures():
-        if architecture.kind != "restorer" or args.model or (args.only and architecture.id not in args.only):
+        if architecture.kind not in kinds or files or (only and architecture.id not in only):
             continue
         for variant, config in architecture.variants.items():
-            if not args.variant or variant in args.variant:
-                yield (
-                    f"{architecture.id} {variant}",
-                    models.Restorer(architecture, config, _module(architecture, config)),
-                )
+            if not variants or variant in variants:
+                module = _module(architecture, config)
+                yield f"{architecture.id} {variant}", models.Restorer(architecture, config, module)
 
 
 def _module(architecture: Any, config: Any) -> nn.Module:

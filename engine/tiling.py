@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from ..errors import InputError, OutOfMemoryError
 from ..models.layers.padding import pad_to_multiple
-from . import host
+from . import host, memory
 from .alpha import fill_transparent, upscale_alpha
 from .loaded import LoadedRestorer
 from .pictures import to_pil
@@ -93,9 +93,8 @@ def choose_overlap(loaded: LoadedRestorer, tile: int) -> int:
 
 
 def bytes_per_pixel(loaded: LoadedRestorer, dtype: torch.dtype) -> float:
-    """Estimated activation memory per input pixel."""
-    factor = 0.6 if dtype in (torch.float16, torch.bfloat16) else 1.0
-    return loaded.restorer.architecture.bytes_per_pixel(loaded.restorer.config) * factor
+    """Activation memory per input pixel: measured if its settings are in the table, else estimated."""
+    return memory.bytes_per_pixel(loaded.restorer, dtype)
 
 
 def choose_tile(loaded: LoadedRestorer, height: int, width: int, dtype: torch.dtype, target: torch.device) -> int:
@@ -200,8 +199,8 @@ def run(
     scale = restorer.scale
     size = (batch, output_channels or channels, height * scale, width * scale)
     result = torch.empty(size, device=host.intermediate_device())
-    chunk = max(1, int(host.working_memory(target) / bytes_per_pixel(loaded, dtype) / (height * width)))
-    chunk = chunk if side >= max(height, width) else 1
+    fitting = int(host.working_memory(target) / bytes_per_pixel(loaded, dtype) / (height * width))
+    chunk = min(batch, max(1, fitting)) if side >= max(height, width) else 1
     progress = host.progress(sum(_tile_count(loaded, n, height, width, side, overlap) for n in _chunks(batch, chunk)))
     done = 0
     while done < batch:

@@ -1,0 +1,172 @@
+"""Memory is planned from measurements, and whatever happens it is afterwards as it was before."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from comfyui_mend import models
+from comfyui_mend.bench import memory as bench_memory
+from comfyui_mend.engine import host, loaded, memory, tiling
+from comfyui_mend.errors import Cancelled
+
+from .support import local_restorer
+
+SIZE, TILE = (1, 3, 260, 130), 128
+CPU = torch.device("cpu")
+
+
+def live_bytes() -> int:
+    """Bytes of every tensor alive, counted once a storage; nothing is collected before."""
+    storages = {}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.Tensor) and found.layout is torch.strided:
+            storages[found.untyped_storage()._cdata] = found.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def kept_bytes() -> int:
+    """What the host's cache of networks holds."""
+    return sum(n.size for n in host.networks._kept.values())
+
+
+class Failing:
+    """Calls `network.forward`, and raises `error` at call number `at` (from 0), once."""
+
+    def __init__(self, network: Any, at: int, error: BaseException | None) -> None:
+        self.forward, self.at, self.error, self.count = network.forward, at, error, 0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        if self.error is not None and self.count == self.at + 1:
+            held = [x * 2]  # as a network has some when it fails
+            raise type(self.error)(*self.error.args, *held[1:])
+        return self.forward(x)
+
+
+def tiles() -> int:
+    restorer = local_restorer()
+    counter = Failing(restorer.restorer.module, 0, None)
+    restorer.restorer.module.forward = counter
+    tiling.restore(restorer, torch.rand(SIZE), tile=TILE)
+    return counter.count
+
+
+COUNT = tiles()
+ENDINGS = {
+    "success": None,
+    "error": ZeroDivisionError("a bug"),
+    "cancel": Cancelled("cancelled"),
+    "cuda": RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "mps": RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"),
+    "cpu": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."),
+    "python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_memory_is_as_before_whatever_happens_at_whatever_tile(ending):
+    restorer, image = local_restorer(), torch.rand(SIZE)
+    forward = restorer.restorer.module.forward
+    gc.collect()
+    gc.freeze()  # what is there now is not looked at again: quicker
+    gc.disable()
+    try:
+        before = live_bytes(), kept_bytes()
+        for index in range(COUNT):
+            restorer.restorer.module.forward = Failing(SimpleNamespace(forward=forward), index, ENDINGS[ending])
+            if ending in ("error", "cancel"):
+                with pytest.raises(type(ENDINGS[ending])):
+                    tiling.restore(restorer, image, tile=TILE)
+                gc.collect()  # pytest's own record of the exception refers to itself
+            else:
+                restored = tiling.restore(restorer, image, tile=TILE)
+                assert restored.isfinite().all()
+                del restored
+            assert (live_bytes(), kept_bytes()) == before, f"tile {index}"
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def test_a_picture_restored_after_running_out_of_memory_is_the_same_at_every_tile():
+    image, want = torch.rand(SIZE), None
+    for index in range(COUNT):
+        torch.manual_seed(0)
+        restorer = local_restorer()
+        want = tiling.restore(restorer, image) if want is None else want
+        restorer.restorer.module.forward = Failing(restorer.restorer.module, index, ENDINGS["cuda"])
+        assert (tiling.restore(restorer, image, tile=TILE) - want).abs().max() < 1e-5
+
+
+def test_the_chunk_of_a_batch_follows_free_memory(monkeypatch):
+    restorer, batch = local_restorer(), torch.rand(6, 3, 64, 64)
+    per_picture = tiling.bytes_per_pixel(restorer, torch.float32) * 64 * 64
+    for pictures, want in ((1.5, [1] * 6), (2.5, [2] * 3), (100, [6])):
+        monkeypatch.setattr(host, "working_memory", lambda target, n=pictures: int(n * per_picture))
+        restorer.restorer.module.calls.clear()
+        tiling.restore(restorer, batch)
+        assert [c[0] for c in restorer.restorer.module.calls] == want
+
+
+def test_a_batch_that_does_not_fit_goes_on_with_fewer_pictures_at_a_time(caplog):
+    restorer, batch = local_restorer(), torch.rand(6, 3, 64, 64)
+    want = tiling.restore(restorer, batch)
+    restorer.restorer.module.fail_above = 3 * 64 * 64
+    assert torch.equal(tiling.restore(restorer, batch), want)
+    assert "going on with 3 pictures at a time" in caplog.text
+
+
+def test_tiles_are_planned_with_the_measured_figure_and_without_one_with_the_formula(monkeypatch, moce):
+    architecture, config = moce.restorer.architecture, moce.restorer.config
+    assert memory.measured(moce.restorer) is None
+    assert memory.bytes_per_pixel(moce.restorer, torch.float32) == architecture.bytes_per_pixel(config)
+    row = {"network": architecture.id, "config": config, "single": 1000, "half": 700}
+    monkeypatch.setattr(memory, "table", lambda: {(architecture.id, memory.settings(config)): row})
+    assert tiling.bytes_per_pixel(moce, torch.float32) == 1000
+    assert tiling.bytes_per_pixel(moce, torch.bfloat16) == 700
+
+
+def test_settings_read_from_a_file_find_the_row_of_a_released_variant():
+    assert memory.settings({"b": (1, 2), "a": 1.0}) == memory.settings({"a": 1, "b": [1, 2]})
+    assert memory.settings({"a": True}) != memory.settings({"a": 1})
+    missing = []
+    for row in memory.table().values():
+        architecture = models.registry.get(row["network"])
+        if row["config"] not in [json.loads(json.dumps(c)) for c in architecture.variants.values()]:
+            continue  # of a shipped file
+        with torch.device("meta"):
+            state = architecture.build(row["config"]).state_dict()
+        found = architecture.config_from_state_dict(state)
+        left_to_metadata = {k: row["config"][k] for k in architecture.metadata_keys if k in row["config"]}
+        if (architecture.id, memory.settings({**found, **left_to_metadata})) not in memory.table():
+            missing.append(row["name"])
+    assert not missing
+
+
+def test_the_table_has_the_shipped_starter_and_every_figure_is_near_its_formula():
+    starter = loaded.load(host.model_path("mend-moce-ir-starter.safetensors"))
+    assert memory.measured(starter.restorer) is not None
+    for (name, _), row in memory.table().items():
+        formula = models.registry.get(name).bytes_per_pixel(row["config"])
+        assert 0.05 * formula < row["single"] < 10 * formula and 0 < row["half"] <= row["single"], row["name"]
+
+
+def test_measuring_writes_a_row_that_planning_reads(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "TABLE", tmp_path / "memory.json")
+    memory.table.cache_clear()
+    try:
+        bench_memory.main(["--model", "wiring-nafnet.safetensors", "--size", "16", "32", "--write"])
+        memory.table.cache_clear()
+        restorer = loaded.load(host.model_path("wiring-nafnet.safetensors")).restorer
+        assert memory.measured(restorer)["single"] == memory.bytes_per_pixel(restorer, torch.float32) > 0
+        assert "wiring-nafnet" in capsys.readouterr().out
+    finally:
+        host.set_device(None)
+        memory.table.cache_clear()

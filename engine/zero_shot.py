@@ -175,6 +175,11 @@ class Cm4ir:
     deltas: tuple[float, ...] = ()
     delta_in_scalings: bool = False
 
+    @classmethod
+    def of(cls, preset: cm4ir.Preset, eta: float = 0.1, mu: float = 1.0, noise_sign: float = -1.0) -> Cm4ir:
+        """A published setting with what is left open by it."""
+        return cls(preset.zeta, eta, mu, noise_sign, preset.deltas, preset.delta_in_scalings)
+
     def options(self, measurement: Measurement) -> dict[str, Any]:
         """Keyword arguments of `cm4ir.step` that hold for all steps."""
         return {
@@ -186,10 +191,15 @@ class Cm4ir:
         }
 
 
-def cm4ir_preset(name: str, measurement: Measurement) -> cm4ir.Preset:
-    """A published setting by name; automatic: by what the operator does and the noise level."""
+def cm4ir_preset(name: str, measurement: Measurement, prior: Prior | None = None) -> cm4ir.Preset:
+    """A setting by name; automatic: by what the operator does, the noise level, and what the prior is.
+
+    The published settings are for consistency models; an EDM network, which blurs what it cannot know, has its own.
+    """
     if name == AUTOMATIC:
         kind = task(measurement.operator)
+        if getattr(prior, "kind", "") == "EDM":
+            return cm4ir.preset(f"{kind} (EDM)", measurement.noise)
         if kind == "other":
             return _OTHER
         name = f"{kind} x4 (bedroom)" if kind == "super-resolution" else f"{kind} (bedroom)"

@@ -508,6 +508,7 @@ class Composition(Operator):
     outer: Operator
     inner: Operator
 
+    # A type checker refuses a property in place of the base's plain attribute, which may be assigned to; nobody does.
     @property
     def name(self) -> str:  # type: ignore[override]
         """Both names, in the order in which they act."""

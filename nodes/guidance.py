@@ -5,116 +5,33 @@ from __future__ import annotations
 import torch
 
 from ..engine import host, loaded, zero_shot
-from ..engine.pictures import from_pil, labelled, to_pil
 from ..errors import InputError
-from ..guidance import cm4ir, rdmd, schedules
+from ..guidance import cm4ir, schedules
 from . import sockets
 from .api import advanced, io
 from .images import as_image
 from .inputs import ModelFile, model_input, precision_input
+from .rdmd import RdmdSigmas, RdmdStart, RdmdStep, RdmdStrip, Regularise
+from .zero_shot_inputs import (
+    CATEGORY,
+    STEPS,
+    as_latent,
+    delta_inputs,
+    eta_input,
+    index_input,
+    levels_at,
+    measurement_input,
+    mu_input,
+    noise_sign_input,
+    prior_input,
+    seed_input,
+    sigmas_input,
+    sign_of,
+    state_input,
+    zeta_input,
+)
 
-CATEGORY = "Mend/zero-shot"
-STEPS = "Mend/zero-shot/steps"
 SCHEMES = ["CM4IR", "RDMD"]
-
-
-def _latent(samples: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"samples": samples.to(host.intermediate_device(), torch.float32)}
-
-
-def _seed(what: str) -> io.Int.Input:
-    return io.Int.Input(
-        "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=f"Chooses {what}."
-    )
-
-
-def _prior() -> io.Input:
-    return sockets.Prior.Input("prior", tooltip="From Load Prior, Prior From Model or Prior From Restorer.")
-
-
-def _measurement() -> io.Input:
-    return sockets.Measurement.Input("measurement", tooltip="From Measure or Measurement From Image.")
-
-
-def _sigmas() -> io.Input:
-    return io.Sigmas.Input("sigmas", tooltip="Noise levels, from CM4IR Sigmas or any scheduler; a final 0 is left out.")
-
-
-def _index() -> io.Input:
-    return io.Int.Input(
-        "index", default=0, min=0, max=9999, tooltip="Which noise level this step works at; the first is 0."
-    )
-
-
-def _state(name: str, tooltip: str) -> io.Input:
-    return io.Latent.Input(name, tooltip=tooltip)
-
-
-def _zeta() -> io.Input:
-    return io.Float.Input(
-        "zeta",
-        default=0.0,
-        min=0.0,
-        max=100.0,
-        step=0.1,
-        tooltip="Damping of the pseudo-inverse in units of the noise variance: more for blur (1 to 4), 0 for "
-        "super-resolution and inpainting.",
-    )
-
-
-def _eta() -> io.Input:
-    return io.Float.Input(
-        "eta", default=0.1, min=0.0, max=1.0, step=0.01, tooltip="Share of fresh noise in each step; 0.1 as published."
-    )
-
-
-def _mu() -> io.Input:
-    return io.Float.Input(
-        "mu", default=1.0, min=0.0, max=2.0, step=0.05, tooltip="How far to move onto the measurement; 1: all the way."
-    )
-
-
-def _noise_sign() -> io.Input:
-    return io.Combo.Input(
-        "noise_sign",
-        options=["turned round", "kept"],
-        default="turned round",
-        tooltip="Sign of the predicted noise in the next state. turned round: CM4IR. kept: DDIM, for diffusion models.",
-    )
-
-
-def _sign(noise_sign: str) -> float:
-    return 1.0 if noise_sign == "kept" else -1.0
-
-
-def _delta() -> list[io.Input]:
-    return [
-        advanced(
-            io.Float.Input(
-                "delta",
-                default=0.0,
-                min=-0.5,
-                max=4.0,
-                step=0.05,
-                tooltip="Tells the prior a noise level larger by this share than there is.",
-            )
-        ),
-        advanced(
-            io.Boolean.Input(
-                "delta_in_scalings",
-                default=False,
-                tooltip="Use that level for the prior's input and output scalings too, as for inpainting.",
-            )
-        ),
-    ]
-
-
-def _picked(sigmas: torch.Tensor, index: int) -> tuple[float, float | None]:
-    """(sigma, next sigma or None at the end)."""
-    levels = zero_shot.levels(sigmas)
-    if index >= len(levels):
-        raise InputError(f"index: {index}, but there are {len(levels)} noise levels (0..{len(levels) - 1})")
-    return float(levels[index]), float(levels[index + 1]) if index + 1 < len(levels) else None
 
 
 class LoadPrior(ModelFile, io.ComfyNode):
@@ -188,8 +105,8 @@ class ZeroShotRestore(io.ComfyNode):
             description="Finds the picture behind a measurement with a prior that was never trained for the task. CM4IR: four "
             "evaluations of a consistency model. RDMD: a diffusion model, between faithful and generative.",
             inputs=[
-                _prior(),
-                _measurement(),
+                prior_input(),
+                measurement_input(),
                 io.Combo.Input(
                     "scheme",
                     options=SCHEMES,
@@ -203,7 +120,7 @@ class ZeroShotRestore(io.ComfyNode):
                     tooltip="CM4IR's published settings per task, for the nearest noise level. automatic: by the operator. "
                     "by hand: the start, gamma and zeta below.",
                 ),
-                _seed("all noise"),
+                seed_input("all noise"),
                 io.Int.Input(
                     "steps",
                     default=0,
@@ -238,10 +155,10 @@ class ZeroShotRestore(io.ComfyNode):
                         tooltip="CM4IR by hand: how fast the noise falls.",
                     )
                 ),
-                advanced(_zeta()),
-                advanced(_eta()),
-                advanced(_mu()),
-                advanced(_noise_sign()),
+                advanced(zeta_input()),
+                advanced(eta_input()),
+                advanced(mu_input()),
+                advanced(noise_sign_input()),
                 advanced(
                     io.Float.Input(
                         "weight",
@@ -300,8 +217,8 @@ class ZeroShotRestore(io.ComfyNode):
             return io.NodeOutput(as_image(zero_shot.restore_rdmd(prior, measurement, seed, settings)))
         chosen = cm4ir.Preset(start, gamma, zeta)
         if preset != zero_shot.BY_HAND:
-            chosen = zero_shot.cm4ir_preset(preset, measurement)
-        how = zero_shot.Cm4ir(chosen.zeta, eta, mu, _sign(noise_sign), chosen.deltas, chosen.delta_in_scalings)
+            chosen = zero_shot.cm4ir_preset(preset, measurement, prior)
+        how = zero_shot.Cm4ir.of(chosen, eta, mu, sign_of(noise_sign))
         sigmas = schedules.cm4ir_sigmas(steps or 4, chosen.start, chosen.gamma)
         return io.NodeOutput(as_image(zero_shot.restore_cm4ir(prior, measurement, seed, sigmas, how)))
 
@@ -334,26 +251,6 @@ class Cm4irSigmas(io.ComfyNode):
         return io.NodeOutput(torch.cat([sigmas, sigmas.new_zeros(1)]))
 
 
-class RdmdSigmas(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="MendRDMDSigmas",
-            display_name="RDMD Sigmas",
-            category=CATEGORY,
-            description="RDMD's noise levels: big steps at high noise, small ones at low; and a final 0.",
-            inputs=[
-                io.Int.Input("steps", default=100, min=2, max=1000, tooltip="How many iterations; 100 as published.")
-            ],
-            outputs=[io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="Noise levels and a final 0.")],
-        )
-
-    @classmethod
-    def execute(cls, steps=100) -> io.NodeOutput:
-        sigmas = schedules.rdmd_schedule(steps).sigmas.float()
-        return io.NodeOutput(torch.cat([sigmas, sigmas.new_zeros(1)]))
-
-
 class StartFromMeasurement(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -362,7 +259,7 @@ class StartFromMeasurement(io.ComfyNode):
             display_name="Start From Measurement",
             category=STEPS,
             description="CM4IR's first state: what the measurement says (pseudo-inverse, holes filled by medians) and noise.",
-            inputs=[_prior(), _measurement(), _sigmas(), _seed("the noise"), _zeta()],
+            inputs=[prior_input(), measurement_input(), sigmas_input(), seed_input("the noise"), zeta_input()],
             outputs=[
                 io.Latent.Output("x", display_name="x", tooltip="The noisy state, in the prior's own space."),
                 io.Latent.Output(
@@ -382,7 +279,7 @@ class StartFromMeasurement(io.ComfyNode):
             return noisy, clean, zero_shot.as_picture(session, clean)
 
         x, clean, picture = prior.run(zero_shot.picture_size(measurement), body)
-        return io.NodeOutput(_latent(x), _latent(clean), as_image(picture))
+        return io.NodeOutput(as_latent(x), as_latent(clean), as_image(picture))
 
 
 class PredictClean(io.ComfyNode):
@@ -393,7 +290,13 @@ class PredictClean(io.ComfyNode):
             display_name="Predict Clean",
             category=STEPS,
             description="One evaluation of the prior: the clean picture that it sees in a noisy state.",
-            inputs=[_prior(), _state("x", "The noisy state."), _sigmas(), _index(), *_delta()],
+            inputs=[
+                prior_input(),
+                state_input("x", "The noisy state."),
+                sigmas_input(),
+                index_input(),
+                *delta_inputs(),
+            ],
             outputs=[
                 io.Latent.Output("x0", display_name="x0", tooltip="The clean state."),
                 io.Image.Output("picture", display_name="image", tooltip="The same as a picture."),
@@ -402,14 +305,14 @@ class PredictClean(io.ComfyNode):
 
     @classmethod
     def execute(cls, prior, x, sigmas, index=0, delta=0.0, delta_in_scalings=False) -> io.NodeOutput:
-        sigma, _ = _picked(sigmas, index)
+        sigma, _ = levels_at(sigmas, index)
 
         def body(session):
             x0 = cm4ir.predict(session.prior, x["samples"].to(session.device), sigma, delta, delta_in_scalings)
             return x0, zero_shot.as_picture(session, x0)
 
         x0, picture = prior.run(x["samples"].shape, body)
-        return io.NodeOutput(_latent(x0), as_image(picture))
+        return io.NodeOutput(as_latent(x0), as_image(picture))
 
 
 class BackProject(io.ComfyNode):
@@ -420,7 +323,13 @@ class BackProject(io.ComfyNode):
             display_name="Back-Project",
             category=STEPS,
             description="Moves a clean state onto the measurement, leaving alone what the measurement does not say.",
-            inputs=[_prior(), _measurement(), _state("x0", "The clean state."), _zeta(), _mu()],
+            inputs=[
+                prior_input(),
+                measurement_input(),
+                state_input("x0", "The clean state."),
+                zeta_input(),
+                mu_input(),
+            ],
             outputs=[
                 io.Latent.Output("guided", display_name="guided", tooltip="The corrected state."),
                 io.Image.Output("picture", display_name="image", tooltip="The same as a picture."),
@@ -436,7 +345,7 @@ class BackProject(io.ComfyNode):
             return moved, zero_shot.as_picture(session, moved)
 
         guided, picture = prior.run(zero_shot.picture_size(measurement), body)
-        return io.NodeOutput(_latent(guided), as_image(picture))
+        return io.NodeOutput(as_latent(guided), as_image(picture))
 
 
 class MixNoise(io.ComfyNode):
@@ -449,29 +358,29 @@ class MixNoise(io.ComfyNode):
             description="The next noisy state: the corrected picture with a share of fresh noise and the predicted noise, "
             "turned round as in CM4IR.",
             inputs=[
-                _state("guided", "The corrected clean state."),
-                _state("x", "The noisy state that this step began with."),
-                _state("x0", "What the prior saw in it."),
-                _sigmas(),
-                _index(),
-                _seed("the fresh noise: the same one for all steps"),
-                _eta(),
-                _noise_sign(),
+                state_input("guided", "The corrected clean state."),
+                state_input("x", "The noisy state that this step began with."),
+                state_input("x0", "What the prior saw in it."),
+                sigmas_input(),
+                index_input(),
+                seed_input("the fresh noise: the same one for all steps"),
+                eta_input(),
+                noise_sign_input(),
             ],
             outputs=[io.Latent.Output("x_next", display_name="x next", tooltip="The noisy state of the next step.")],
         )
 
     @classmethod
     def execute(cls, guided, x, x0, sigmas, index=0, seed=0, eta=0.1, noise_sign="turned round") -> io.NodeOutput:
-        sigma, following = _picked(sigmas, index)
+        sigma, following = levels_at(sigmas, index)
         if following is None:
             raise InputError(f"index: {index} is the last noise level; its result is the picture, add no noise")
         state = x["samples"]
         noise = zero_shot.draw(state.shape, seed, index + 1, state.device)
         mixed = cm4ir.mix_noise(
-            guided["samples"], state, x0["samples"], sigma, following, noise, eta, _sign(noise_sign)
+            guided["samples"], state, x0["samples"], sigma, following, noise, eta, sign_of(noise_sign)
         )
-        return io.NodeOutput(_latent(mixed))
+        return io.NodeOutput(as_latent(mixed))
 
 
 class Cm4irStep(io.ComfyNode):
@@ -484,17 +393,17 @@ class Cm4irStep(io.ComfyNode):
             description="One whole step of CM4IR: predict, back-project, mix noise. As many of them as there are noise levels "
             "give exactly what Zero-Shot Restore gives.",
             inputs=[
-                _prior(),
-                _measurement(),
-                _state("x", "The noisy state."),
-                _sigmas(),
-                _index(),
-                _seed("the fresh noise: the same one for all steps"),
-                advanced(_zeta()),
-                advanced(_eta()),
-                advanced(_mu()),
-                *_delta(),
-                advanced(_noise_sign()),
+                prior_input(),
+                measurement_input(),
+                state_input("x", "The noisy state."),
+                sigmas_input(),
+                index_input(),
+                seed_input("the fresh noise: the same one for all steps"),
+                advanced(zeta_input()),
+                advanced(eta_input()),
+                advanced(mu_input()),
+                *delta_inputs(),
+                advanced(noise_sign_input()),
             ],
             outputs=[
                 io.Latent.Output(
@@ -522,12 +431,12 @@ class Cm4irStep(io.ComfyNode):
         delta_in_scalings=False,
         noise_sign="turned round",
     ) -> io.NodeOutput:
-        sigma, following = _picked(sigmas, index)
+        sigma, following = levels_at(sigmas, index)
 
         def body(session):
             y = measurement.to(session.device)
             state = x["samples"].to(session.device)
-            settings = zero_shot.Cm4ir(zeta, eta, mu, _sign(noise_sign), (), delta_in_scalings)
+            settings = zero_shot.Cm4ir(zeta, eta, mu, sign_of(noise_sign), (), delta_in_scalings)
             done = cm4ir.step(
                 session.prior,
                 session.operator(y.operator),
@@ -545,7 +454,7 @@ class Cm4irStep(io.ComfyNode):
 
         done, picture = prior.run(zero_shot.picture_size(measurement), body)
         onward = done.guided if done.x_next is None else done.x_next
-        return io.NodeOutput(_latent(onward), _latent(done.x0), _latent(done.guided), as_image(picture))
+        return io.NodeOutput(as_latent(onward), as_latent(done.x0), as_latent(done.guided), as_image(picture))
 
 
 class StateToImage(io.ComfyNode):
@@ -556,7 +465,7 @@ class StateToImage(io.ComfyNode):
             display_name="State To Image",
             category=STEPS,
             description="Shows a state of a zero-shot chain, or the result of a SAMPLER on a pixel model, as a picture.",
-            inputs=[_prior(), _state("state", "A clean or noisy state in the prior's own space.")],
+            inputs=[prior_input(), state_input("state", "A clean or noisy state in the prior's own space.")],
             outputs=[io.Image.Output("picture", display_name="image", tooltip="The picture, clamped to 0..1.")],
         )
 
@@ -566,186 +475,6 @@ class StateToImage(io.ComfyNode):
             return zero_shot.as_picture(session, state["samples"].to(session.device))
 
         return io.NodeOutput(as_image(prior.run(state["samples"].shape, body)))
-
-
-def _rdmd_inputs() -> list[io.Input]:
-    return [
-        io.Int.Input(
-            "iterations", default=100, min=2, max=1000, tooltip="Of the whole chain; the same in all its steps."
-        ),
-        io.Float.Input(
-            "tau", default=0.5, min=0.0, max=1.0, step=0.05, tooltip="0 stays faithful and smooth, 1 invents detail."
-        ),
-        advanced(
-            io.Float.Input(
-                "weight", default=20.0, min=0.0, max=1000.0, step=1.0, tooltip="Of the prior against the measurement."
-            )
-        ),
-    ]
-
-
-class RdmdStart(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="MendRDMDStart",
-            display_name="RDMD Start",
-            category=STEPS,
-            description="RDMD's first estimate (the picture as it was measured, enlarged if need be) and first noisy state.",
-            inputs=[_prior(), _measurement(), _seed("the noise")],
-            outputs=[
-                io.Latent.Output("u", display_name="u", tooltip="The running estimate."),
-                io.Latent.Output("x", display_name="x", tooltip="The noisy state of the diffusion chain."),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, prior, measurement, seed=0) -> io.NodeOutput:
-        sigma = float(schedules.rdmd_schedule().sigmas[0])
-        size = zero_shot.picture_size(measurement)
-        u, x = prior.run(size, lambda session: zero_shot.rdmd_start(session, measurement, sigma, seed))
-        return io.NodeOutput(_latent(u), _latent(x))
-
-
-class RdmdStep(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="MendRDMDStep",
-            display_name="RDMD Step",
-            category=STEPS,
-            description="One iteration of RDMD: regularise the estimate, denoise the state, move both towards the measurement.",
-            inputs=[
-                _prior(),
-                _measurement(),
-                _state("u", "The running estimate."),
-                _state("x", "The noisy state."),
-                _index(),
-                _seed("the fresh noise: the same one for all steps"),
-                *_rdmd_inputs(),
-                advanced(
-                    io.Float.Input(
-                        "renewal",
-                        default=-1.0,
-                        min=-1.0,
-                        max=1.0,
-                        step=0.05,
-                        tooltip="Share of fresh noise. -1: as published, 0 for super-resolution, 0.3 elsewhere.",
-                    )
-                ),
-            ],
-            outputs=[
-                io.Latent.Output("u_next", display_name="u next", tooltip="The estimate after this step."),
-                io.Latent.Output("x_next", display_name="x next", tooltip="The state after this step."),
-                io.Latent.Output("denoised", display_name="denoised", tooltip="What the prior saw in the state."),
-                io.Image.Output("picture", display_name="image", tooltip="The estimate as a picture."),
-            ],
-        )
-
-    @classmethod
-    def execute(
-        cls, prior, measurement, u, x, index=0, seed=0, iterations=100, tau=0.5, weight=20.0, renewal=-1.0
-    ) -> io.NodeOutput:
-        settings = zero_shot.Rdmd(iterations, tau, weight, None if renewal < 0 else renewal)
-        if index >= iterations:
-            raise InputError(f"index: {index}, but there are {iterations} iterations (0..{iterations - 1})")
-
-        def body(session):
-            y = measurement.to(session.device)
-            done = rdmd.iterate(
-                session.prior,
-                session.operator(y.operator),
-                y.y,
-                u["samples"].to(session.device),
-                x["samples"].to(session.device),
-                settings.schedule(y),
-                index,
-                zero_shot.rdmd_draw(u["samples"].shape, seed, session.device),
-                zeta=settings.fresh(y),
-            )
-            return done, zero_shot.as_picture(session, done.u)
-
-        done, picture = prior.run(zero_shot.picture_size(measurement), body)
-        denoised = done.u if done.denoised is None else done.denoised
-        return io.NodeOutput(_latent(done.u), _latent(done.x_next), _latent(denoised), as_image(picture))
-
-
-class Regularise(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="MendRegularise",
-            display_name="Regularise",
-            category=STEPS,
-            description="RDMD's deterministic half: the prior cleans an estimate as if it had a little noise.",
-            inputs=[
-                _prior(),
-                _state("u", "The estimate."),
-                io.Float.Input(
-                    "level",
-                    default=0.05,
-                    min=0.001,
-                    max=1.0,
-                    step=0.005,
-                    round=0.0001,
-                    tooltip="How much noise the prior is to take away, 0..1 scale.",
-                ),
-                advanced(
-                    io.Boolean.Input(
-                        "consistent",
-                        default=False,
-                        tooltip="Scale the prior's input as theory has it; the published code does not.",
-                    )
-                ),
-            ],
-            outputs=[
-                io.Latent.Output("regularised", display_name="regularised", tooltip="The cleaned estimate."),
-                io.Image.Output("picture", display_name="image", tooltip="The same as a picture."),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, prior, u, level=0.05, consistent=False) -> io.NodeOutput:
-        def body(session):
-            r = rdmd.regularise(session.prior, u["samples"].to(session.device), level, consistent)
-            return r, zero_shot.as_picture(session, r)
-
-        r, picture = prior.run(u["samples"].shape, body)
-        return io.NodeOutput(_latent(r), as_image(picture))
-
-
-class RdmdStrip(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="MendRDMDStrip",
-            display_name="RDMD Slider Strip",
-            category=CATEGORY,
-            description="RDMD's slider between faithful and generative, drawn: one restoration per value of tau, side by side.",
-            inputs=[
-                _prior(),
-                _measurement(),
-                _seed("all noise"),
-                io.Int.Input("count", default=3, min=2, max=9, tooltip="How many values of tau, from 0 to 1."),
-                io.Int.Input(
-                    "iterations", default=100, min=2, max=1000, tooltip="Iterations of each; 100 as published."
-                ),
-            ],
-            outputs=[
-                io.Image.Output("strip", display_name="strip", tooltip="The first picture at every tau, labelled."),
-                io.Image.Output("restored", display_name="image", tooltip="All results, a batch in the order of tau."),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, prior, measurement, seed=0, count=3, iterations=100) -> io.NodeOutput:
-        results, taus = [], [k / (count - 1) for k in range(count)]
-        for k, tau in enumerate(taus):
-            with host.part_of_progress(k, count):
-                settings = zero_shot.Rdmd(iterations, tau)
-                results.append(zero_shot.restore_rdmd(prior, measurement, seed, settings))
-        strip = labelled([to_pil(r[0]) for r in results], [f"tau {tau:.2f}" for tau in taus])
-        return io.NodeOutput(as_image(from_pil(strip)[None]), as_image(torch.cat(results)))
 
 
 NODES = [

@@ -6,7 +6,7 @@ from ..engine import comfy_sampling, zero_shot
 from ..errors import InputError
 from . import sockets
 from .api import advanced, io
-from .guidance import _eta, _measurement, _mu, _noise_sign, _sign, _zeta
+from .zero_shot_inputs import eta_input, measurement_input, mu_input, noise_sign_input, sign_of, zeta_input
 
 CATEGORY = "Mend/zero-shot/ComfyUI models"
 
@@ -74,11 +74,11 @@ class SamplerCm4ir(io.ComfyNode):
             description="CM4IR as a sampler for SamplerCustomAdvanced. Give it the clean latent of Start From Measurement and "
             "CM4IR Sigmas. Needs ComfyUI.",
             inputs=[
-                _measurement(),
-                _zeta(),
-                advanced(_eta()),
-                advanced(_mu()),
-                advanced(_noise_sign()),
+                measurement_input(),
+                zeta_input(),
+                advanced(eta_input()),
+                advanced(mu_input()),
+                advanced(noise_sign_input()),
                 io.Vae.Input("vae", optional=True, tooltip="For a model on latents. Leave open for a pixel model."),
             ],
             outputs=[io.Sampler.Output("sampler", display_name="sampler", tooltip="For SamplerCustomAdvanced.")],
@@ -87,7 +87,7 @@ class SamplerCm4ir(io.ComfyNode):
     @classmethod
     def execute(cls, measurement, zeta=0.0, eta=0.1, mu=1.0, noise_sign="turned round", vae=None) -> io.NodeOutput:
         comfy_sampling.need_comfyui("CM4IR Sampler")
-        settings = zero_shot.Cm4ir(zeta, eta, mu, _sign(noise_sign))
+        settings = zero_shot.Cm4ir(zeta, eta, mu, sign_of(noise_sign))
         return io.NodeOutput(comfy_sampling.sampler(measurement, settings, vae))
 
 
@@ -101,9 +101,9 @@ class MeasurementGuider(io.ComfyNode):
             description="Moves every estimate of a model onto the measurement, so that any sampler restores. Needs ComfyUI.",
             inputs=[
                 io.Model.Input("model", tooltip="The model: epsilon, v, EDM or flow."),
-                _measurement(),
-                _zeta(),
-                _mu(),
+                measurement_input(),
+                zeta_input(),
+                mu_input(),
                 _cfg(),
                 *_conditions(),
             ],

@@ -1,0 +1,225 @@
+"""RDMD in single steps, its noise levels, and its slider between faithful and generative as a strip of pictures.
+
+`guidance` lists these nodes among its own, so that those of one kind stand together in the menu.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..engine import host, zero_shot
+from ..engine.pictures import from_pil, labelled, to_pil
+from ..errors import InputError
+from ..guidance import rdmd, schedules
+from .api import advanced, io
+from .images import as_image
+from .zero_shot_inputs import (
+    CATEGORY,
+    STEPS,
+    as_latent,
+    index_input,
+    measurement_input,
+    prior_input,
+    seed_input,
+    state_input,
+)
+
+
+def _rdmd_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "iterations", default=100, min=2, max=1000, tooltip="Of the whole chain; the same in all its steps."
+        ),
+        io.Float.Input(
+            "tau", default=0.5, min=0.0, max=1.0, step=0.05, tooltip="0 stays faithful and smooth, 1 invents detail."
+        ),
+        advanced(
+            io.Float.Input(
+                "weight", default=20.0, min=0.0, max=1000.0, step=1.0, tooltip="Of the prior against the measurement."
+            )
+        ),
+    ]
+
+
+class RdmdSigmas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendRDMDSigmas",
+            display_name="RDMD Sigmas",
+            category=CATEGORY,
+            description="RDMD's noise levels: big steps at high noise, small ones at low; and a final 0.",
+            inputs=[
+                io.Int.Input("steps", default=100, min=2, max=1000, tooltip="How many iterations; 100 as published.")
+            ],
+            outputs=[io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="Noise levels and a final 0.")],
+        )
+
+    @classmethod
+    def execute(cls, steps=100) -> io.NodeOutput:
+        sigmas = schedules.rdmd_schedule(steps).sigmas.float()
+        return io.NodeOutput(torch.cat([sigmas, sigmas.new_zeros(1)]))
+
+
+class RdmdStart(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendRDMDStart",
+            display_name="RDMD Start",
+            category=STEPS,
+            description="RDMD's first estimate (the picture as it was measured, enlarged if need be) and first noisy state.",
+            inputs=[prior_input(), measurement_input(), seed_input("the noise")],
+            outputs=[
+                io.Latent.Output("u", display_name="u", tooltip="The running estimate."),
+                io.Latent.Output("x", display_name="x", tooltip="The noisy state of the diffusion chain."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, prior, measurement, seed=0) -> io.NodeOutput:
+        sigma = float(schedules.rdmd_schedule().sigmas[0])
+        size = zero_shot.picture_size(measurement)
+        u, x = prior.run(size, lambda session: zero_shot.rdmd_start(session, measurement, sigma, seed))
+        return io.NodeOutput(as_latent(u), as_latent(x))
+
+
+class RdmdStep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendRDMDStep",
+            display_name="RDMD Step",
+            category=STEPS,
+            description="One iteration of RDMD: regularise the estimate, denoise the state, move both towards the measurement.",
+            inputs=[
+                prior_input(),
+                measurement_input(),
+                state_input("u", "The running estimate."),
+                state_input("x", "The noisy state."),
+                index_input(),
+                seed_input("the fresh noise: the same one for all steps"),
+                *_rdmd_inputs(),
+                advanced(
+                    io.Float.Input(
+                        "renewal",
+                        default=-1.0,
+                        min=-1.0,
+                        max=1.0,
+                        step=0.05,
+                        tooltip="Share of fresh noise. -1: as published, 0 for super-resolution, 0.3 elsewhere.",
+                    )
+                ),
+            ],
+            outputs=[
+                io.Latent.Output("u_next", display_name="u next", tooltip="The estimate after this step."),
+                io.Latent.Output("x_next", display_name="x next", tooltip="The state after this step."),
+                io.Latent.Output("denoised", display_name="denoised", tooltip="What the prior saw in the state."),
+                io.Image.Output("picture", display_name="image", tooltip="The estimate as a picture."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, prior, measurement, u, x, index=0, seed=0, iterations=100, tau=0.5, weight=20.0, renewal=-1.0
+    ) -> io.NodeOutput:
+        settings = zero_shot.Rdmd(iterations, tau, weight, None if renewal < 0 else renewal)
+        if index >= iterations:
+            raise InputError(f"index: {index}, but there are {iterations} iterations (0..{iterations - 1})")
+
+        def body(session):
+            y = measurement.to(session.device)
+            done = rdmd.iterate(
+                session.prior,
+                session.operator(y.operator),
+                y.y,
+                u["samples"].to(session.device),
+                x["samples"].to(session.device),
+                settings.schedule(y),
+                index,
+                zero_shot.rdmd_draw(u["samples"].shape, seed, session.device),
+                zeta=settings.fresh(y),
+            )
+            return done, zero_shot.as_picture(session, done.u)
+
+        done, picture = prior.run(zero_shot.picture_size(measurement), body)
+        denoised = done.u if done.denoised is None else done.denoised
+        return io.NodeOutput(as_latent(done.u), as_latent(done.x_next), as_latent(denoised), as_image(picture))
+
+
+class Regularise(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendRegularise",
+            display_name="Regularise",
+            category=STEPS,
+            description="RDMD's deterministic half: the prior cleans an estimate as if it had a little noise.",
+            inputs=[
+                prior_input(),
+                state_input("u", "The estimate."),
+                io.Float.Input(
+                    "level",
+                    default=0.05,
+                    min=0.001,
+                    max=1.0,
+                    step=0.005,
+                    round=0.0001,
+                    tooltip="How much noise the prior is to take away, 0..1 scale.",
+                ),
+                advanced(
+                    io.Boolean.Input(
+                        "consistent",
+                        default=False,
+                        tooltip="Scale the prior's input as theory has it; the published code does not.",
+                    )
+                ),
+            ],
+            outputs=[
+                io.Latent.Output("regularised", display_name="regularised", tooltip="The cleaned estimate."),
+                io.Image.Output("picture", display_name="image", tooltip="The same as a picture."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, prior, u, level=0.05, consistent=False) -> io.NodeOutput:
+        def body(session):
+            r = rdmd.regularise(session.prior, u["samples"].to(session.device), level, consistent)
+            return r, zero_shot.as_picture(session, r)
+
+        r, picture = prior.run(u["samples"].shape, body)
+        return io.NodeOutput(as_latent(r), as_image(picture))
+
+
+class RdmdStrip(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendRDMDStrip",
+            display_name="RDMD Slider Strip",
+            category=CATEGORY,
+            description="RDMD's slider between faithful and generative, drawn: one restoration per value of tau, side by side.",
+            inputs=[
+                prior_input(),
+                measurement_input(),
+                seed_input("all noise"),
+                io.Int.Input("count", default=3, min=2, max=9, tooltip="How many values of tau, from 0 to 1."),
+                io.Int.Input(
+                    "iterations", default=100, min=2, max=1000, tooltip="Iterations of each; 100 as published."
+                ),
+            ],
+            outputs=[
+                io.Image.Output("strip", display_name="strip", tooltip="The first picture at every tau, labelled."),
+                io.Image.Output("restored", display_name="image", tooltip="All results, a batch in the order of tau."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, prior, measurement, seed=0, count=3, iterations=100) -> io.NodeOutput:
+        results, taus = [], [k / (count - 1) for k in range(count)]
+        for k, tau in enumerate(taus):
+            with host.part_of_progress(k, count):
+                settings = zero_shot.Rdmd(iterations, tau)
+                results.append(zero_shot.restore_rdmd(prior, measurement, seed, settings))
+        strip = labelled([to_pil(r[0]) for r in results], [f"tau {tau:.2f}" for tau in taus])
+        return io.NodeOutput(as_image(from_pil(strip)[None]), as_image(torch.cat(results)))

@@ -1,0 +1,113 @@
+"""What the nodes of zero-shot restoration share: inputs that several have, and how states travel."""
+
+from __future__ import annotations
+
+import torch
+
+from ..engine import host, zero_shot
+from ..errors import InputError
+from . import sockets
+from .api import advanced, io
+
+CATEGORY = "Mend/zero-shot"
+STEPS = "Mend/zero-shot/steps"
+
+
+def as_latent(samples: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A state as ComfyUI's LATENT."""
+    return {"samples": samples.to(host.intermediate_device(), torch.float32)}
+
+
+def seed_input(what: str) -> io.Int.Input:
+    return io.Int.Input(
+        "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=f"Chooses {what}."
+    )
+
+
+def prior_input() -> io.Input:
+    return sockets.Prior.Input("prior", tooltip="From Load Prior, Prior From Model or Prior From Restorer.")
+
+
+def measurement_input() -> io.Input:
+    return sockets.Measurement.Input("measurement", tooltip="From Measure or Measurement From Image.")
+
+
+def sigmas_input() -> io.Input:
+    return io.Sigmas.Input("sigmas", tooltip="Noise levels, from CM4IR Sigmas or any scheduler; a final 0 is left out.")
+
+
+def index_input() -> io.Input:
+    return io.Int.Input(
+        "index", default=0, min=0, max=9999, tooltip="Which noise level this step works at; the first is 0."
+    )
+
+
+def state_input(name: str, tooltip: str) -> io.Input:
+    return io.Latent.Input(name, tooltip=tooltip)
+
+
+def zeta_input() -> io.Input:
+    return io.Float.Input(
+        "zeta",
+        default=0.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        tooltip="Damping of the pseudo-inverse in units of the noise variance: more for blur (1 to 4), 0 for "
+        "super-resolution and inpainting.",
+    )
+
+
+def eta_input() -> io.Input:
+    return io.Float.Input(
+        "eta", default=0.1, min=0.0, max=1.0, step=0.01, tooltip="Share of fresh noise in each step; 0.1 as published."
+    )
+
+
+def mu_input() -> io.Input:
+    return io.Float.Input(
+        "mu", default=1.0, min=0.0, max=2.0, step=0.05, tooltip="How far to move onto the measurement; 1: all the way."
+    )
+
+
+def noise_sign_input() -> io.Input:
+    return io.Combo.Input(
+        "noise_sign",
+        options=["turned round", "kept"],
+        default="turned round",
+        tooltip="Sign of the predicted noise in the next state. turned round: CM4IR. kept: DDIM, for diffusion models.",
+    )
+
+
+def sign_of(noise_sign: str) -> float:
+    return 1.0 if noise_sign == "kept" else -1.0
+
+
+def delta_inputs() -> list[io.Input]:
+    return [
+        advanced(
+            io.Float.Input(
+                "delta",
+                default=0.0,
+                min=-0.5,
+                max=4.0,
+                step=0.05,
+                tooltip="Tells the prior a noise level larger by this share than there is.",
+            )
+        ),
+        advanced(
+            io.Boolean.Input(
+                "delta_in_scalings",
+                default=False,
+                tooltip="Use that level for the prior's input and output scalings too, as for inpainting.",
+            )
+        ),
+    ]
+
+
+def levels_at(sigmas: torch.Tensor, index: int) -> tuple[float, float | None]:
+    """(sigma, next sigma or None at the end)."""
+    levels = zero_shot.levels(sigmas)
+    if index >= len(levels):
+        raise InputError(f"index: {index}, but there are {len(levels)} noise levels (0..{len(levels) - 1})")
+    return float(levels[index]), float(levels[index + 1]) if index + 1 < len(levels) else None

@@ -15,9 +15,10 @@ from comfyui_mend.training import cli, data, photos, trainer
 from comfyui_mend.training.accelerate import accelerate
 from comfyui_mend.training.degradations import Degradation
 from comfyui_mend.training.objectives.restoration import Restoration, charbonnier
+from comfyui_mend.training.starters import STARTERS
 
 TINY = {
-    **cli.STARTER_CONFIG,
+    **STARTERS["moce-ir"].config,
     "dim": 8,
     "num_blocks": [1, 1],
     "num_dec_blocks": [1],
@@ -171,7 +172,43 @@ def test_the_command_trains_resumes_and_exports(tmp_path):
     arguments += ["--config", json.dumps({**TINY, "dim": 8})]
     assert cli.main([*arguments, "--steps", "2"]) == 0
     assert cli.main([*arguments, "--steps", "3"]) == 0
-    restorer = models.load(tmp_path / "run" / cli.STARTER_NAME)
+    restorer = models.load(tmp_path / "run" / STARTERS["moce-ir"].file)
     assert json.loads(restorer.metadata["training"])["steps"] == 3
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert set(lines[-1]["validation"]) == set(data.VALIDATION)
+
+
+def test_muon_moves_matrices_and_resumes(tmp_path):
+    whole = run(tmp_path / "a", steps=4, optimizer="muon")
+    before = {name: value.clone() for name, value in whole.module.state_dict().items()}
+    whole.run(bar=False)
+    assert all(not torch.equal(before[n], p) for n, p in whole.module.named_parameters() if p.grad is not None)
+    stopped = run(tmp_path / "b", steps=4, optimizer="muon")
+    with pytest.raises(Cancelled):
+        stopped.run(should_stop=lambda: stopped.progress.step == 2, bar=False)
+    resumed = run(tmp_path / "b", steps=4, optimizer="muon")
+    assert resumed.resume()
+    resumed.run(bar=False)
+    for name, value in whole.module.state_dict().items():
+        assert torch.equal(value, resumed.module.state_dict()[name]), name
+
+
+def test_an_unknown_optimizer_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="adamw or muon"):
+        run(tmp_path, optimizer="sgd")
+
+
+def test_the_enlarger_begins_as_an_interpolation_and_learns_from_shrunk_crops():
+    recipe = STARTERS["mair-x2"]
+    torch.manual_seed(0)
+    module = models.create(recipe.system, recipe.config).eval()
+    with torch.no_grad():
+        recipe.initialise(module)
+        small, clean, _ = recipe.pairs(data.PhotoCrops(pictures()), torch.Generator().manual_seed(2)).batch(2, 48)
+        assert small.shape == (2, 3, 24, 24) and clean.shape == (2, 3, 48, 48)
+        enlarged = torch.nn.functional.interpolate(small, scale_factor=2, mode="bicubic")
+        inner = (..., slice(4, -4), slice(4, -4))  # convolutions see black beyond the border
+        begun, bicubic = (trainer.psnr(image[inner], clean[inner]).mean() for image in (module(small), enlarged))
+    assert begun > bicubic
+    cases = recipe.validation_set(pictures(2), 48)
+    assert cases["x2"][0].shape[-1] == 24 and trainer.validate(module, cases)["x2"] > 20

@@ -9,38 +9,19 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .. import models
 from . import photos
 from .accelerate import accelerate
-from .data import STARTER_TASKS, PairStream, PhotoCrops, load_photos
-from .objectives.restoration import Restoration
-from .trainer import Settings, Trainer, export, read_export, validation_set
+from .data import PhotoCrops, load_photos
+from .starters import STARTERS
+from .trainer import Settings, Trainer, export, read_export
 
 logger = logging.getLogger(__name__)
-
-STARTER_CONFIG: dict[str, Any] = {
-    "dim": 16,
-    "num_blocks": [1, 1, 2, 3],
-    "num_dec_blocks": [1, 1, 1],
-    "heads": [1, 2, 4, 8],
-    "num_refinement_blocks": 1,
-    "ffn_expansion_factor": 2,
-    "LayerNorm_type": "WithBias",
-    "num_experts": 4,
-    "topk": 1,
-    "rank_type": "spread",
-    "rank": 2,
-}
-# Under the paper's L1, a hazy or dark crop, whose error has one sign everywhere, drowns the gradients of all others: in an
-# hour nothing else improves. The logarithm of each crop's error weighs all of them alike; the spectra keep detail in sight.
-STARTER_OBJECTIVE = Restoration(pixel=0.0, log=0.25, fft=0.1)
-STARTER_NAME = "mend-moce-ir-starter.safetensors"
-STARTER_RESTORES = ("denoise", "deblur", "derain", "dehaze", "desnow", "low-light", "jpeg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,16 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--out", type=Path, required=True, help="where to write train/ and validation/")
     prepare.set_defaults(run=_photos)
 
-    starter = commands.add_parser("starter", help="train the starter weights (MoCE-IR); goes on where it stopped")
+    starter = commands.add_parser("starter", help="train weights that come with Mend; goes on where it stopped")
+    starter.add_argument("--which", choices=STARTERS, default="moce-ir", help="which of them (moce-ir)")
     starter.add_argument("--photos", type=Path, required=True, help="folder with train/ and validation/")
     starter.add_argument("--out", type=Path, required=True, help="folder of this run: log, checkpoint, weights")
     starter.add_argument("--minutes", type=float, default=100, help="training time (100); the schedule follows it")
     starter.add_argument("--steps", type=int, help="a number of steps instead of a time")
     starter.add_argument("--workers", type=int, default=2, help="threads that share out a batch")
     starter.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
+    starter.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
+    starter.add_argument("--float32", action="store_true", help="do not multiply in bfloat16")
     starter.add_argument("--seed", type=int, default=0)
     starter.add_argument("--initial", type=Path, help="weights to begin with: a file that `mend train export` wrote")
-    starter.add_argument("--config", type=json.loads, default=STARTER_CONFIG, help="another MoCE-IR, as JSON")
+    starter.add_argument("--config", type=json.loads, help="another configuration of the network, as JSON")
     starter.set_defaults(run=_starter)
 
     snapshot = commands.add_parser("export", help="write the averaged weights of a run as it stands")
@@ -77,38 +61,35 @@ def _photos(arguments: argparse.Namespace) -> int:
 def _starter(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # the workers are the parallelism
     torch.manual_seed(arguments.seed)
+    recipe = STARTERS[arguments.which]
     settings = Settings(
         minutes=None if arguments.steps else arguments.minutes,
         steps=arguments.steps,
         learning_rate=arguments.learning_rate,
         seed=arguments.seed,
         workers=arguments.workers,
+        optimizer=arguments.optimizer,
+        autocast=not arguments.float32,
     )
-    pairs = PairStream(
-        PhotoCrops(load_photos(arguments.photos / "train")),
-        STARTER_TASKS,
-        torch.Generator().manual_seed(arguments.seed),
-    )
-    held_out = load_photos(arguments.photos / "validation")
-    module = models.create("moce-ir", arguments.config)
-    with torch.no_grad():
-        module.output.weight.mul_(0.1)  # begin near the identity: short runs have no time to find it
+    if recipe.stages:
+        settings = replace(settings, stages=recipe.stages)
+    crops = PhotoCrops(load_photos(arguments.photos / "train"))
+    pairs = recipe.pairs(crops, torch.Generator().manual_seed(arguments.seed))
+    config = dict(arguments.config or recipe.config)
+    module = models.create(recipe.system, config)
+    if recipe.initialise:
+        with torch.no_grad():
+            recipe.initialise(module)
     if arguments.initial:
         module.load_state_dict(read_export(arguments.initial).state_dict())
-    trainer = Trainer(
-        accelerate(module),
-        pairs,
-        settings,
-        arguments.out,
-        STARTER_OBJECTIVE,
-        validation=validation_set(held_out, settings.validation_size),
-    )
-    provenance = {"config": dict(arguments.config), "photos": len(pairs.crops.photos), "seed": arguments.seed}
+    validation = recipe.validation_set(load_photos(arguments.photos / "validation"), settings.validation_size)
+    trainer = Trainer(accelerate(module), pairs, settings, arguments.out, recipe.objective, validation)
+    provenance = {"which": arguments.which, "config": config, "photos": len(crops.photos), "seed": arguments.seed}
     (arguments.out / "run.json").write_text(json.dumps(provenance))
     trainer.resume()
     with _stop_request() as should_stop:
         trainer.run(should_stop)
-    return _export(argparse.Namespace(folder=arguments.out, file=arguments.out / STARTER_NAME))
+    return _export(argparse.Namespace(folder=arguments.out, file=arguments.out / recipe.file))
 
 
 @contextmanager
@@ -127,12 +108,12 @@ def _stop_request() -> Iterator[Callable[[], bool]]:
 def _export(arguments: argparse.Namespace) -> int:
     provenance = json.loads((arguments.folder / "run.json").read_text())
     state = torch.load(arguments.folder / "last.pt", map_location="cpu", weights_only=True)
-    config = provenance.pop("config")
-    module = models.create("moce-ir", config)
+    config, recipe = provenance.pop("config"), STARTERS[provenance.pop("which", "moce-ir")]
+    module = models.create(recipe.system, config)
     module.load_state_dict(state["average"])
     progress = state["progress"]
     training = {**provenance, "steps": progress["step"], "minutes": round(progress["seconds"] / 60, 1)}
-    export(module, arguments.file, "moce-ir", config, STARTER_RESTORES, {**training, "psnr": progress["scores"]})
+    export(module, arguments.file, recipe.system, config, recipe.restores, {**training, "psnr": progress["scores"]})
     return 0
 
 

@@ -90,20 +90,20 @@ def _mixture(*kinds: str, strength: float = 0.7) -> tuple[Degradation, ...]:
 
 
 STARTER_TASKS = (
-    _single("noise", 0.17, "noise"),
+    _single("noise", 0.20, "noise"),
     _single("channel-noise", 0.02, "channel-noise"),
     _single("poisson", 0.02, "poisson"),
-    _single("blur", 0.07, "blur"),
+    _single("blur", 0.08, "blur"),
     _single("motion-blur", 0.09, "motion-blur"),
     _single("defocus", 0.02, "defocus"),
     _single("downsample", 0.02, "downsample"),
     _single("rain", 0.11, "rain"),
     _single("raindrops", 0.015, "raindrops"),
     _single("snow", 0.09, "snow"),
-    _single("haze", 0.22, "haze"),
-    _single("low-light", 0.18, "low-light"),
-    _single("jpeg", 0.06, "jpeg"),
-    Task("clean", 0.05, ((),)),
+    _single("haze", 0.17, "haze"),
+    _single("low-light", 0.13, "low-light"),
+    _single("jpeg", 0.09, "jpeg"),
+    Task("clean", 0.06, ((),)),
     Task(
         "mixture",
         0.14,
@@ -181,3 +181,25 @@ class PairStream:
             damaged.append(image[0])
             clean.append(crop)
         return torch.stack(damaged), torch.stack(clean), [self.tasks[p].name for p in picks]
+
+
+class SuperResolutionStream:
+    """Endless batches of (small, clean) pairs: crops [B, 3, size, size] and the same ones shrunk `scale` times.
+
+    Shrunk bicubically with anti-aliasing, as Pillow and MATLAB do, and rounded to 8 bit: the classical setting.
+    """
+
+    def __init__(self, crops: PhotoCrops, scale: int, generator: torch.Generator) -> None:
+        self.crops, self.scale, self.generator = crops, scale, generator
+
+    def batch(self, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        """The small and the clean batch, and the task of every pair. `size` is the clean one."""
+        clean = torch.stack([self.crops.sample(size, self.generator) for _ in range(count)])
+        return shrink(clean, self.scale), clean, [f"x{self.scale}"] * count
+
+
+def shrink(clean: torch.Tensor, scale: int) -> torch.Tensor:
+    """[B, C, H, W] (0..1) -> [B, C, H / scale, W / scale], bicubic, in steps of 1 / 255."""
+    size = [extent // scale for extent in clean.shape[-2:]]
+    small = F.interpolate(clean, size, mode="bicubic", antialias=True).clamp(0, 1)
+    return (small * 255).round() / 255

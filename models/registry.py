@@ -35,6 +35,7 @@ _MODULES = (
     "dcpt_classifier",
     "osdface_vre",
     "gendeg",
+    "degradation_model",
     "nafnet",
     "swinir",
     "restormer",

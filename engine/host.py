@@ -382,3 +382,24 @@ def model_path(name: str) -> Path:
             return path
     where = f"ComfyUI's models/{MODEL_FOLDER}" if inside_comfyui() else "a folder named in MEND_MODELS"
     raise InputError(f"model: there is no file {name!r}; put it into {where} and refresh, or choose another")
+
+
+def lora_files() -> list[str]:
+    """Names of low-rank patches to choose from: ComfyUI's models/loras inside it, and what `model_files` lists."""
+    names: list[str] = []
+    if inside_comfyui():
+        import folder_paths
+
+        names += folder_paths.get_filename_list("loras")
+    return list(dict.fromkeys([*names, *model_files()]))
+
+
+def lora_path(name: str) -> Path:
+    """The file behind a name of `lora_files`. Raises InputError."""
+    if inside_comfyui():
+        import folder_paths
+
+        found = folder_paths.get_full_path("loras", name)
+        if found:
+            return Path(found)
+    return model_path(name)

@@ -28,3 +28,13 @@ Dataset = io.Custom("MEND_DATASET")
 """Training pairs."""
 Objective = io.Custom("MEND_OBJECTIVE")
 """A training method."""
+FaceEmbedder = io.Custom("MEND_FACE_EMBEDDER")
+"""The network that turns a face into a prompt: `engine.osdface.FaceEmbedder`."""
+Faces = io.Custom("MEND_FACES")
+"""Where the faces of a batch lie, and how each was cut out: `engine.faces.Faces`."""
+Segments = io.Custom("SEGS")
+"""The Impact Pack's segments: (shape, [segment with a bbox, ...])."""
+Conditioner = io.Custom("MEND_CONDITIONER")
+"""GenDeg's layers that bring an intensity into CONDITIONING: `engine.loaded.LoadedRestorer`."""
+Degrader = io.Custom("MEND_DEGRADER")
+"""What paints damage into pictures: `engine.degraders.Degrader`."""

@@ -29,15 +29,17 @@ def configurations() -> Iterator[tuple[Path, tuple[str, ...]]]:
     """Every source with the sets of options that are checked: every shape, and every dtype for one of them."""
     for shape in _SHAPES:
         yield cuda.SOURCE, cuda.options(*shape, torch.float32)
+        yield cuda.BACKWARD_SOURCE, cuda.backward_options(shape[0], torch.float32)
     for dtype in (torch.float16, torch.bfloat16):
         yield cuda.SOURCE, cuda.options(16, 12, 360, dtype)
+        yield cuda.BACKWARD_SOURCE, cuda.backward_options(16, dtype)
 
 
 def compile_all(capability: int) -> int:
     """Compiles every configuration for one compute capability; returns how many. Raises KernelError."""
     everything = list(configurations())
     for source, options in everything:
-        jit.compile_source(source.read_text(encoding="utf-8"), capability, options, source.name)
+        jit.compile_source(jit.read_source(source), capability, options, source.name)
     return len(everything)
 
 

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import logging
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -122,6 +123,15 @@ def compile_source(source: str, capability: int, options: Sequence[str] = (), na
         return code.raw
     finally:
         nvrtc().nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def read_source(path: Path) -> str:
+    """A `.cu` file with the files it includes from its own folder put in: NVRTC looks for none on disk."""
+
+    def included(match: re.Match[str]) -> str:
+        return path.with_name(match[1]).read_text(encoding="utf-8")
+
+    return re.sub(r'^#include "([\w.]+)"$', included, path.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 # --- Cache ---------------------------------------------------------------------------------------------------------
@@ -243,7 +253,7 @@ def load(path: Path, device: torch.device, options: Sequence[str] = ()) -> Modul
     with _lock:
         if key not in _modules:
             major, minor = torch.cuda.get_device_capability(device)
-            code = cached_code(path.read_text(encoding="utf-8"), major * 10 + minor, options, path.name)
+            code = cached_code(read_source(path), major * 10 + minor, options, path.name)
             _modules[key] = Module(code, device)
         return _modules[key]
 

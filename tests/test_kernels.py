@@ -19,6 +19,7 @@ from comfyui_mend.errors import ConfigError, InputError, MissingDependency
 from comfyui_mend.kernels import check, jit, use_backend
 from comfyui_mend.kernels import linear_attention as attention
 from comfyui_mend.kernels.selective_scan import chunked, compiled, cuda, selective_scan, state_space_2d
+from comfyui_mend.kernels.selective_scan.arguments import Scan
 
 DATA = Path(__file__).resolve().parent / "data"
 compare = parity._load(DATA / "check.py").compare
@@ -411,12 +412,53 @@ def test_the_cuda_sources_emulated_give_the_reference(emulated, dtype, tolerance
     for shape, keep in (((2, 10, 2, 4, 300), True), ((1, 70, 1, 4, 130), False), ((2, 3, 1, 4, 1), True)):
         inputs = {k: v if k in ("A", "D", "delta_bias") else v.to(dtype) for k, v in scan_inputs(*shape).items()}
         arguments = [inputs[k] for k in ("u", "delta", "A", "B", "C", "D", "delta_bias")]
-        got = cuda.forward(*arguments, True, keep)
-        want = chunked.forward(*(t.double() for t in arguments), True, keep)
+        got = cuda.forward(Scan(*arguments, True), keep)
+        want = chunked.forward(Scan(*(t.double() for t in arguments), True), keep)
         for g, w, limit in zip(got, want, (tolerance, 3e-6, 3e-6), strict=True):
             assert g.shape == w.shape and (
                 not g.numel() or (g.double() - w).abs().max() <= limit * w.abs().max() + 1e-7
             )
+
+
+@pytest.mark.parametrize(
+    ("shape", "softplus", "without", "dtype"),
+    [
+        ((2, 10, 2, 4, 300), True, (), torch.float32),  # chunks, the last of them not full
+        ((1, 70, 1, 4, 130), False, (), torch.float32),  # three blocks of channels, the last of them not full
+        ((2, 3, 1, 4, 1), True, ("D", "delta_bias"), torch.float32),
+        ((1, 6, 2, 20, 40), True, (), torch.float32),  # more sums than threads
+        ((1, 40, 1, 5, 40), True, ("D",), torch.bfloat16),  # steps that do not fill a group of sums
+    ],
+)
+def test_the_cuda_gradients_emulated_are_those_of_the_formula(emulated, shape, softplus, without, dtype):
+    inputs = {k: v if k in ("A", "D", "delta_bias") else v.to(dtype) for k, v in scan_inputs(*shape).items()}
+    if not softplus:
+        inputs["delta"], inputs["delta_bias"] = inputs["delta"].abs(), inputs["delta_bias"].abs() * 0.1
+    arguments = [None if k in without else inputs[k] for k in ("u", "delta", "A", "B", "C", "D", "delta_bias")]
+    grad_y = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    double = Scan(*(None if t is None else t.double() for t in arguments), softplus)
+    states = chunked.forward(double, True)[2]
+    want = chunked.backward(grad_y.double(), states, double)
+    got = cuda._backward(grad_y, states.float(), Scan(*arguments, softplus))
+    limit = 2e-5 if dtype == torch.float32 else 1e-2
+    for name, t, g, w in zip(Scan._fields, arguments, got, want, strict=False):
+        assert g.shape == w.shape and (t is None or g.dtype == t.dtype), name
+        assert t is None or (g.double() - w).abs().max() <= limit * w.abs().max().clamp_min(1e-3), name
+
+
+def test_gradients_come_from_pytorch_where_the_cuda_kernel_fails(monkeypatch, caplog):
+    def fail(*arguments):
+        raise jit.KernelError("no such instruction")
+
+    monkeypatch.setattr(cuda, "_backward", fail)
+    cuda._say_once.cache_clear()
+    inputs = scan_inputs(1, 4, 1, 2, 9)
+    scan = Scan(*(inputs[k] for k in Scan._fields[:7]), True)
+    states = chunked.forward(scan, True)[2]
+    for _ in range(2):
+        got = cuda.backward(inputs["u"], states, scan)
+    assert all(torch.equal(g, w) for g, w in zip(got, chunked.backward(inputs["u"], states, scan), strict=True))
+    assert len([r for r in caplog.records if "no such instruction" in r.message]) == 1
 
 
 @pytest.mark.parametrize("merge", [True, False])
@@ -451,10 +493,10 @@ needs_nvrtc = pytest.mark.skipif(bool(_nvrtc()), reason=_nvrtc() or "NVRTC is th
 def test_the_cuda_sources_compile_for_an_architecture_without_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("MEND_KERNEL_CACHE", str(tmp_path))
     source, options = next(check.configurations())
-    code = jit.cached_code(source.read_text(), 80, options, source.name)
+    code = jit.cached_code(jit.read_source(source), 80, options, source.name)
     assert code[:4] == b"\x7fELF"
     monkeypatch.setattr(jit, "compile_source", None)  # the second time it must come from the cache
-    assert jit.cached_code(source.read_text(), 80, options, source.name) == code
+    assert jit.cached_code(jit.read_source(source), 80, options, source.name) == code
 
 
 @needs_nvrtc
@@ -483,6 +525,21 @@ def test_the_cuda_backend_gives_the_reference_on_a_gpu(dtype):
     step = step_inputs(2, 3000, 90, 4, 6, 16)
     fused = on("cuda", state_space_2d, **{k: None if v is None else v.cuda() for k, v in step.items()})
     assert_near(fused.cpu(), reference(state_space_2d, **step), 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_cuda_gradients_are_those_of_the_formula_on_a_gpu():
+    inputs = scan_inputs(2, 90, 2, 16, 1000)
+
+    def gradients(backend, device, dtype):
+        leaves = {k: v.to(device, dtype).requires_grad_() for k, v in inputs.items()}
+        y = on(backend, selective_scan, **leaves, delta_softplus=True)
+        return torch.autograd.grad(y.square().sum(), list(leaves.values()))
+
+    pairs = zip(gradients("cuda", "cuda", torch.float32), gradients("torch", "cpu", torch.float64), strict=True)
+    for got, want in pairs:
+        assert (got.cpu().double() - want).abs().max() <= 1e-4 * want.abs().max()
 
 
 # --- Linear attention ------------------------------------------------------------------------------------------------

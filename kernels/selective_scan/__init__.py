@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from ...errors import InputError
 from .. import backend
 from . import chunked, reference
+from .arguments import Scan
 
 __all__ = ["selective_scan", "state_space_2d"]
 
@@ -192,21 +193,23 @@ def _implementation(name: str) -> ModuleType:
     return importlib.import_module(f".{ {'jit': 'compiled', 'torch': 'chunked'}.get(name, name) }", __package__)
 
 
-def _dispatch(function: str, tensors: tuple, *arguments: object) -> object:
-    """Runs `function` of the chosen backend; a kernel that fails on the machine gives way to PyTorch, announced once."""
-    device, dtype = tensors[0].device, tensors[0].dtype
-    name = backend.choose(device, dtype)
+def _dispatch(function: str, like: torch.Tensor, *arguments: object) -> object:
+    """Runs `function` of the backend chosen for tensors like this one.
+
+    A kernel that fails on the machine gives way to PyTorch, announced once.
+    """
+    name = backend.choose(like.device, like.dtype)
     if name == "reference":
         name = "torch"
     if name in ("cuda", "jit"):
         module = _implementation(name)
         try:
-            return getattr(module, function)(*tensors, *arguments)
+            return getattr(module, function)(*arguments)
         except module.KernelError as error:
             if backend.requested() == name:
                 raise
             backend.mark_broken(name, str(error))
-    return getattr(chunked, function)(*tensors, *arguments)
+    return getattr(chunked, function)(*arguments)
 
 
 @torch.library.custom_op("mend::selective_scan", mutates_args=())
@@ -222,7 +225,7 @@ def _scan(
     keep_states: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.autocast(u.device.type, enabled=False):
-        return _dispatch("forward", (u, delta, A, B, C, D, delta_bias), delta_softplus, keep_states)
+        return _dispatch("forward", u, Scan(u, delta, A, B, C, D, delta_bias, delta_softplus), keep_states)
 
 
 @_scan.register_fake
@@ -249,7 +252,8 @@ def _scan_backward(
     delta_softplus: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.autocast(u.device.type, enabled=False):
-        return _dispatch("backward", (grad_y, states, u, delta, A, B, C, D, delta_bias), delta_softplus)
+        scan = Scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
+        return _dispatch("backward", grad_y, grad_y, states, scan)
 
 
 @_scan_backward.register_fake
@@ -295,7 +299,7 @@ def _state_space_2d(
     merge: bool,
 ) -> torch.Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        return _dispatch("state_space_2d", (x, projected, order, dt_weight, dt_bias, A, D, prompt), merge)
+        return _dispatch("state_space_2d", x, x, projected, order, dt_weight, dt_bias, A, D, prompt, merge)
 
 
 @_state_space_2d.register_fake

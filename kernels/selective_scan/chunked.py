@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from .arguments import Scan
+
 STATE_INTERVAL = 128
 """Training keeps the state before every so many steps and recomputes the rest."""
 
@@ -85,20 +87,11 @@ def _step_size(delta: torch.Tensor, bias: torch.Tensor | None, softplus: bool) -
     return F.softplus(delta) if softplus else delta
 
 
-def forward(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    keep_states: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward(scan: Scan, keep_states: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.scan`, and the states before every STATE_INTERVAL steps [batch, intervals, dim, N] if kept."""
+    u, delta, A, B, C, D, delta_bias, delta_softplus = scan
     batch, dim, length = u.shape
-    groups, n = B.shape[1:3]
+    groups, n = scan.groups, scan.states
     dtype = working_dtype(u.dtype)
     A, D, delta_bias = (None if t is None else t.to(dtype).unflatten(0, (groups, -1)) for t in (A, D, delta_bias))
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
@@ -128,30 +121,20 @@ def forward(
     return y, h.flatten(1, 2).clone(), states
 
 
-def backward(
-    grad_y: torch.Tensor,
-    states: torch.Tensor,
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-) -> tuple[torch.Tensor, ...]:
+def backward(grad_y: torch.Tensor, states: torch.Tensor, scan: Scan) -> tuple[torch.Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, delta_bias (the last two empty where not given), each in its tensor's dtype.
 
     The adjoint recurrence gh_t = gy_t C_t + a_{t+1} gh_{t+1}, chunk by chunk from the end.
     """
+    u, delta, A, B, C, D, delta_bias, delta_softplus = scan
     batch, _, length = u.shape
-    groups, dtype = B.shape[1], states.dtype
+    groups, dtype = scan.groups, states.dtype
     A_, D_, bias = (None if t is None else t.to(dtype).unflatten(0, (groups, -1)) for t in (A, D, delta_bias))
     grad_u, grad_delta, grad_B, grad_C = (
         torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (u, delta, B, C)
     )
     grad_A = torch.zeros_like(A_)
-    grad_D, grad_bias = (u.new_zeros(A_.shape[:2] if t is not None else (0, 0), dtype=dtype) for t in (D, delta_bias))
+    grad_D, grad_bias = (u.new_zeros(A_.shape[:2], dtype=dtype) for _ in range(2))
     gh_next = torch.zeros(batch, *A_.shape, dtype=dtype, device=u.device)
     a_next = torch.zeros_like(gh_next)
     for index in reversed(range(states.shape[1])):
@@ -186,10 +169,8 @@ def backward(
             grad_bias += grad_dt.sum(dim=(0, 1))
         grad_u[..., here] = rearrange(grad_u_t, "t b g d -> b (g d) t")
         grad_delta[..., here] = rearrange(grad_dt, "t b g d -> b (g d) t")
-    grad_D, grad_bias = (
-        g.flatten() if t is None else g.flatten().to(t.dtype) for g, t in ((grad_D, D), (grad_bias, delta_bias))
-    )
-    return grad_u, grad_delta, grad_A.flatten(0, 1).to(A.dtype), grad_B, grad_C, grad_D, grad_bias
+    parameters = grad_A.flatten(0, 1), grad_B, grad_C, grad_D.flatten(), grad_bias.flatten()
+    return scan.gradients(grad_u, grad_delta, *parameters)
 
 
 def state_space_2d(

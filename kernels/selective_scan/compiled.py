@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
+from .arguments import Scan
 from .chunked import STATE_INTERVAL
 
 log = logging.getLogger(__name__)
@@ -113,22 +114,12 @@ def _parameters(A: torch.Tensor, D: torch.Tensor | None, bias: torch.Tensor | No
     )
 
 
-def forward(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    keep_states: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward(scan: Scan, keep_states: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `chunked.forward`."""
     loops = _loops()
+    u, delta, A, B, C, D, delta_bias, delta_softplus = scan
     batch, dim, length = u.shape
-    groups, n = B.shape[1:3]
-    width = dim // groups
+    groups, n, width = scan.groups, scan.states, scan.width
     blocks = -(-width // loops.LANES)
     intervals = -(-length // STATE_INTERVAL) if keep_states else 0
     y = torch.empty(u.shape, dtype=torch.float32)
@@ -150,23 +141,12 @@ def forward(
     return y.to(u.dtype), last, states
 
 
-def backward(
-    grad_y: torch.Tensor,
-    states: torch.Tensor,
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-) -> tuple[torch.Tensor, ...]:
+def backward(grad_y: torch.Tensor, states: torch.Tensor, scan: Scan) -> tuple[torch.Tensor, ...]:
     """As `chunked.backward`."""
     loops = _loops()
+    u, delta, A, B, C, D, delta_bias, delta_softplus = scan
     batch, dim, length = u.shape
-    groups, n = B.shape[1:3]
-    width = dim // groups
+    groups, n, width = scan.groups, scan.states, scan.width
     blocks = -(-width // loops.LANES)
     A_, D_, bias = _parameters(A, D, delta_bias, groups, loops.LANES)
     inputs = (_flat(grad_y), _flat(states), _flat(u), _flat(delta), A_, _flat(B), _flat(C), D_, bias, delta_softplus)
@@ -188,10 +168,8 @@ def backward(
         ),
     )
     grad_B, grad_C = (share.sum(dim=0).transpose(-2, -1) for share in shares)
-    gradients = [grad_u, grad_delta, grad_A.sum(dim=0), grad_B, grad_C, grad_D.sum(dim=0), grad_bias.sum(dim=0)]
-    for i, t in enumerate((u, delta, A, B, C, D, delta_bias)):
-        gradients[i] = gradients[i].new_empty(0) if t is None else gradients[i].to(t.dtype).contiguous()
-    return tuple(gradients)
+    parameters = grad_A.sum(dim=0), grad_B, grad_C, grad_D.sum(dim=0), grad_bias.sum(dim=0)
+    return scan.gradients(grad_u, grad_delta, *parameters)
 
 
 def state_space_2d(

@@ -12,6 +12,7 @@ BENCHES = {
     "kernels": ("kernels", "operators against the memory bandwidth"),
     "tur": ("tur", "TransWeather and Uformer against other implementations"),
     "quality": ("starter_quality", "the starter weights against classical methods"),
+    "codec": ("codec_curves", "the codec against JPEG, WebP, JPEG 2000 and restoring first"),
 }
 
 

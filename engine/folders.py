@@ -116,6 +116,17 @@ def require_input_path(name: str) -> Path:
     return path
 
 
+def require_input_directory(name: str) -> Path:
+    """A folder with pictures: a full path, or one in the input folders; "" is the first of these. Raises InputError."""
+    name = name.strip().strip('"')
+    candidates = [Path(name).expanduser()] if Path(name).expanduser().is_absolute() else []
+    candidates += [folder / name for folder in input_directories()]
+    found = next((path for path in candidates if path.is_dir()), None)
+    if found is None:
+        raise InputError(f"there is no folder {name!r}: give its full path, or copy it into {candidates[-1].parent}")
+    return found
+
+
 def save_location(prefix: str, folder: Path, width: int = 0, height: int = 0) -> tuple[Path, str, int, str]:
     """Where a picture with this prefix goes: (folder, file name without number, next free number, subfolder).
 

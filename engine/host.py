@@ -172,6 +172,15 @@ def release_memory(target: torch.device) -> None:
             module.empty_cache()
 
 
+def make_room(target: torch.device) -> None:
+    """Before training, which needs the device for itself: other networks make way; they come back when used."""
+    if inside_comfyui():
+        _management().unload_all_models()
+    elif target.type != "cpu":
+        _resident.clear()
+    release_memory(target)
+
+
 # Interrupts and progress ----------------------------------------------------------------------------------------------
 
 
@@ -292,6 +301,13 @@ class _Resident:
         managed.module.to(target)
         self._networks[id(managed)] = weakref.ref(managed)
 
+    def clear(self) -> None:
+        """Moves all of them to the CPU."""
+        for network in self._networks.values():
+            if (managed := network()) is not None:
+                managed.module.to("cpu")
+        self._networks.clear()
+
 
 _resident = _Resident()
 
@@ -340,13 +356,21 @@ def register_model_folder() -> None:
 
     default = os.path.join(folder_paths.models_dir, MODEL_FOLDER)
     folder_paths.add_model_folder_path(MODEL_FOLDER, default, is_default=True)
+    folder_paths.add_model_folder_path(MODEL_FOLDER, str(saved_models()))  # as it does with output/checkpoints
     paths, suffixes = folder_paths.folder_names_and_paths[MODEL_FOLDER]
     folder_paths.folder_names_and_paths[MODEL_FOLDER] = (paths, set(suffixes) | MODEL_SUFFIXES)
 
 
+def saved_models() -> Path:
+    """Where trained networks are saved: a folder below the output folder, searched like the model folders."""
+    from . import folders  # which asks this module where it runs
+
+    return folders.output_directory() / MODEL_FOLDER
+
+
 def _search_paths() -> list[Path]:
     own = [Path(p) for p in os.environ.get("MEND_MODELS", "").split(os.pathsep) if p]
-    return [*own, PACK / "weights"]
+    return [*own, *([] if inside_comfyui() else [saved_models()]), PACK / "weights"]
 
 
 def model_files() -> list[str]:

@@ -29,6 +29,9 @@ FAMILIES: tuple[str, ...] = (
     "operators",
     "guidance",
     "zero_shot_samplers",
+    "datasets",
+    "objectives",
+    "train",
 )
 
 

@@ -337,10 +337,10 @@ class FineTuner(Trainer):
 
     def provenance(self) -> dict[str, Any]:
         """How the weights came about, for a file's metadata."""
-        earlier = self.restorer.metadata.get("training")
+        earlier = _training(self.restorer)
         return {
             "from": self.restorer.source,
-            **({"earlier": json.loads(earlier)} if earlier else {}),
+            **({"earlier": earlier} if earlier else {}),
             "objective": self.recipe_of.describe(),
             "data": self.source.describe(),
             "steps": self.progress.step,
@@ -383,8 +383,17 @@ def crop_size(restorer: Restorer, size: int) -> int:
 def write(restorer: Restorer, path: Path, half: bool = True) -> None:
     """Saves a restorer as safetensors with configuration, tasks and provenance; models.load reads it."""
     module = restorer.module
-    training = json.loads(restorer.metadata.get("training", "{}"))
-    export(module, path, restorer.architecture.id, restorer.config, restorer.tasks, training, half)
+    export(module, path, restorer.architecture.id, restorer.config, restorer.tasks, _training(restorer), half)
+
+
+def _training(restorer: Restorer) -> dict[str, Any]:
+    """What the file that a restorer came from says about its training; {} if nothing."""
+    text = restorer.metadata.get("training", "")
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        found = text
+    return found if isinstance(found, dict) else {"note": found}
 
 
 def run_folder(base: Path, name: str, resume: bool) -> Path:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import ConfigError, InputError
+from ...guidance import priors, schedules
+from ...guidance.parametrisation import SIGMA_DATA
 from ...models.da_rcot import Potential
 from ...models.dcpt_classifier import DegradationClassifier
 from ...models.layers.padding import crop, pad_to_multiple
@@ -428,9 +430,10 @@ class _RateDistortionMethod(Method):
 class DenoisingObjective(Objective):
     """Trains a diffusion prior on the clean pictures of a data set.
 
-    ADM networks predict the noise at a random timestep (Ho et al. 2020); consistency networks must give the same picture
-    from two neighbouring noise levels on one path, the less noisy one as target, without gradient (Song et al. 2023,
-    consistency training; `levels` of the schedule, pseudo-Huber distance of Song & Dhariwal 2024).
+    ADM networks predict the noise at a random timestep (Ho et al. 2020), EDM and consistency networks the picture at a
+    log-normal noise level (Karras et al. 2022). With `consistency` the latter must give the same picture from two
+    neighbouring noise levels on one path, the less noisy one as target, without gradient (Song et al. 2023, consistency
+    training; `levels` of the schedule, pseudo-Huber distance of Song & Dhariwal 2024).
     """
 
     kind: ClassVar[str] = "denoising"
@@ -444,37 +447,43 @@ class DenoisingObjective(Objective):
             raise ConfigError(f"denoising: {network.architecture.title} is no prior")
         if self.levels < 2:
             raise ConfigError("denoising: a schedule needs at least 2 levels")
-        return _Denoising(self)
+        karras = network.config.get("wrapper") == "karras"
+        if self.consistency and not karras:
+            raise ConfigError("denoising: consistency needs a consistency or EDM network; this one predicts noise")
+        return _Denoising(self, karras)
 
 
 class _Denoising(Method):
-    def __init__(self, settings: DenoisingObjective) -> None:
+    def __init__(self, settings: DenoisingObjective, karras: bool) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.karras = settings, karras
 
-    def _prior(self, module: nn.Module, label: torch.Tensor | None):
-        from ...guidance import priors
+    def _prior(self, module: nn.Module, label: torch.Tensor | None) -> priors.Prior:
+        if not self.karras:
+            return priors.epsilon_prior(module, label).unclamped()
+        return priors.consistency_prior(module, label, boundary=self.settings.consistency).unclamped()
 
-        made = priors.consistency_prior if self.settings.consistency else priors.epsilon_prior
-        return made(module, label).unclamped()
+    def _levels(self, batch: int, generator: torch.Generator) -> torch.Tensor:
+        """Random noise levels [B]."""
+        if self.karras:
+            return (1.2 * torch.randn(batch, generator=generator) - 1.2).exp()
+        return schedules.vp_sigmas()[torch.randint(1, 1000, (batch,), generator=generator)].float()
 
     def _label(self, module: nn.Module, batch: int, generator: torch.Generator) -> torch.Tensor | None:
         classes = getattr(module, "num_classes", None)
         return None if classes is None else torch.randint(classes, (batch,), generator=generator)
 
     def loss(self, run: Pass) -> tuple[torch.Tensor, Parts]:
-        from ...guidance import schedules
-
         clean, g = run.batch.clean * 2 - 1, run.generator
         noise = torch.randn(clean.shape, generator=g).to(clean)
-        label = self._label(run.network.module, len(clean), g)
-        prior = self._prior(run.network.module, label)
+        prior = self._prior(run.network.module, self._label(run.network.module, len(clean), g))
         if not self.settings.consistency:
-            times = torch.randint(1, 1000, (len(clean),), generator=g).to(clean.device)
-            sigma = schedules.vp_sigmas().to(clean)[times]
+            sigma = self._levels(len(clean), g).to(clean)
             level = sigma.reshape(-1, 1, 1, 1)
-            x0 = prior(clean + level * noise, sigma)
-            loss = ((x0 - clean) / level).square().mean()  # in units of the noise: the epsilon loss
+            error = (prior(clean + level * noise, sigma) - clean).square()
+            # In units of the noise for ADM (the epsilon loss), EDM's weight for the others.
+            weight = (1 / level**2 + 1 / SIGMA_DATA**2) if self.karras else 1 / level**2
+            loss = (weight * error).mean()
             return loss, {"denoising": loss}
         steps = karras_levels(self.settings.levels).to(clean.device)
         index = torch.randint(len(steps) - 1, (len(clean),), generator=g).to(clean.device)

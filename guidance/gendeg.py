@@ -9,13 +9,16 @@ from __future__ import annotations
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from math import exp
 
 import torch
 import torch.nn.functional as F
 
 from ..errors import InputError
+from ..models.gendeg import BINS, MU_RANGE, SIGMA_RANGE
 from . import latent_diffusion as ld
 
 Range = tuple[float, float]
@@ -128,6 +131,108 @@ class IntensitySampler:
         uniform = bool(self.uniform_every) and index % self.uniform_every == 0
         histogram = self.datasets[name]
         return Draw(name, *(histogram.draw_uniform(rng) if uniform else histogram.draw(rng)), uniform)
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is known of one data set's pairs: ranges of filled bins, the mean intensity, and how often it is drawn."""
+
+    mu: Range
+    mean: float
+    sigma: Range
+    weight: float = 1.0
+
+    def histogram(self) -> JointHistogram:
+        """The least presuming joint histogram (largest entropy) with these ranges and this mean.
+
+        The deviations of a mean are equally likely as far as differences in 0..1 allow: sigma^2 <= mu (1 - mu).
+        """
+        edges, columns = _edges(BINS, MU_RANGE), _edges(BINS, SIGMA_RANGE)
+        centres = [(a + b) / 2 for a, b in pairwise(edges)]
+        inside = [self.mu[0] - _ROUNDING <= a and b <= self.mu[1] + _ROUNDING for a, b in pairwise(edges)]
+        shares = _tilted(centres, inside, self.mean)
+        counts = []
+        for centre, share in zip(centres, shares, strict=True):
+            bound = (centre * (1 - centre)) ** 0.5
+            filled = [
+                self.sigma[0] - _ROUNDING <= a and b <= self.sigma[1] + _ROUNDING and a < bound
+                for a, b in pairwise(columns)
+            ]
+            each = round(1e6 * share / max(1, sum(filled)))
+            counts.append([each * one for one in filled])
+        return JointHistogram(counts, MU_RANGE, SIGMA_RANGE)
+
+
+_ROUNDING = 0.003
+"""Half a bin: the ranges below are known to three digits."""
+
+
+def _tilted(values: Sequence[float], inside: Sequence[bool], mean: float) -> list[float]:
+    """Probabilities proportional to exp(k value) where `inside`, k such that their mean is `mean`."""
+    low, high = -2000.0, 2000.0
+    top = max(v for v, there in zip(values, inside, strict=True) if there)
+    for _ in range(60):
+        k = (low + high) / 2
+        weights = [exp(max(-700.0, min(700.0, k * (v - top)))) * there for v, there in zip(values, inside, strict=True)]
+        found = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+        low, high = (k, high) if found < mean else (low, k)
+    return [w / sum(weights) for w in weights]
+
+
+DATASETS: Mapping[str, Mapping[str, Published]] = {
+    "haze": {
+        "CityscapesFog": Published((0.005, 0.284), 0.147, (0.006, 0.309)),
+        "DenseHaze": Published((0.159, 0.273), 0.226, (0.106, 0.225), 0.05),
+        "I-HAZE": Published((0.071, 0.257), 0.148, (0.053, 0.203), 0.25),
+        "NH-HAZE": Published((0.115, 0.279), 0.211, (0.100, 0.222), 0.1),
+        "RESIDE": Published((0.011, 0.284), 0.115, (0.009, 0.225)),
+    },
+    "rain": {
+        "ORD": Published((0.055, 0.284), 0.182, (0.047, 0.231), 0.2),
+        "Rain13K": Published((0.011, 0.284), 0.077, (0.013, 0.250)),
+        "Rain1400": Published((0.011, 0.180), 0.066, (0.019, 0.131)),
+        "RainDS": Published((0.016, 0.159), 0.054, (0.019, 0.153)),
+        "RealRain1k": Published((0.0, 0.257), 0.014, (0.003, 0.188)),
+        "SPAC": Published((0.005, 0.055), 0.019, (0.016, 0.091)),
+    },
+    "snow": {
+        "CSD": Published((0.044, 0.284), 0.162, (0.044, 0.200)),
+        "CityscapesSnow": Published((0.077, 0.153), 0.108, (0.072, 0.116)),
+        "Snow100k": Published((0.0, 0.279), 0.056, (0.003, 0.175)),
+    },
+    "motion blur": {
+        "HIDE": Published((0.0, 0.115), 0.040, (0.009, 0.113)),
+        "REDS": Published((0.0, 0.126), 0.029, (0.003, 0.156)),
+        "RealBlur": Published((0.0, 0.126), 0.029, (0.006, 0.153)),
+    },
+    "low light": {
+        "LOLv2": Published((0.016, 0.284), 0.180, (0.006, 0.266)),
+        "SID": Published((0.033, 0.284), 0.187, (0.056, 0.269), 0.2),
+    },
+    "raindrop": {
+        "RainDS": Published((0.005, 0.038), 0.024, (0.047, 0.128)),
+        "Raindrop": Published((0.0, 0.202), 0.064, (0.016, 0.191)),
+    },
+}
+"""Ranges, means and weights of the official histograms. These themselves come without a licence and are not here."""
+FAINTEST = 0.002
+"""The lowest mean that is asked for: half a grey level."""
+
+
+@lru_cache(maxsize=16)
+def intensity_sampler(degradation: str, uniform_every: int | None = 20) -> IntensitySampler:
+    """The published sampler of a degradation (a key of DATASETS) over histograms rebuilt from DATASETS."""
+    if degradation not in DATASETS:
+        raise InputError(f"degradation: {degradation!r} is not one of {', '.join(DATASETS)}")
+    known = DATASETS[degradation]
+    weights = [published.weight / len(known) for published in known.values()]
+    return IntensitySampler({name: one.histogram() for name, one in known.items()}, weights, uniform_every)
+
+
+def draw_intensity(degradation: str, seed: int, index: int = 0, uniform_every: int | None = 20) -> Draw:
+    """The intensity of sample number `index` of a run with this seed; the mean is at least FAINTEST."""
+    found = intensity_sampler(degradation, uniform_every).draw(index, random.Random(f"{seed} {index} {degradation}"))
+    return replace(found, mu=max(FAINTEST, found.mu))
 
 
 ContextNetwork = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

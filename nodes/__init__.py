@@ -18,6 +18,7 @@ FAMILIES: tuple[str, ...] = (
     "weather",
     "classify",
     "degrade",
+    "gendeg",
     "features",
     "local_pooling",
     "state_space",

@@ -1,0 +1,620 @@
+"""Damage with a wanted intensity: GenDeg on Stable Diffusion, Mend's small model, and data sets made with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..engine import degraders, folders, gendeg, host, loaded
+from ..engine.comfy_sampling import need_comfyui
+from ..engine.pictures import to_pil
+from ..errors import InputError
+from ..guidance import gendeg as intensities
+from ..training import make_dataset
+from . import sockets
+from .api import advanced, io, ui
+from .images import as_image, channels_first
+from .inputs import ModelFile, one_of
+
+CATEGORY, OWN = "Mend/degradation/GenDeg", "Mend/degradation"
+KINDS = list(intensities.PRESETS)
+MODEL, SIMULATION = "degrader", "simulation"
+
+
+def _kind() -> io.Input:
+    ranges = "; ".join(
+        f"{kind}: mean {p.mu[0]:.2f}..{p.mu[1]:.2f}, deviation {p.sigma[0]:.2f}..{p.sigma[1]:.2f}"
+        for kind, p in intensities.PRESETS.items()
+    )
+    return io.Combo.Input(
+        "degradation", options=KINDS, default="haze", tooltip=f"What goes wrong. Usual intensities: {ranges}."
+    )
+
+
+def _intensity(name: str, default: float, most: float, tooltip: str) -> io.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=most, step=0.01, round=0.0001, tooltip=tooltip)
+
+
+def _mu(default: float = 0.15, more: str = "") -> io.Input:
+    text = "How much the picture changes: mean of |clean - damaged|, 0..1. Training pairs had up to 0.284."
+    return _intensity("mu", default, 0.7, f"{text} {more}".strip())
+
+
+def _sigma(default: float = 0.1) -> io.Input:
+    return _intensity(
+        "sigma",
+        default,
+        0.4,
+        "How unevenly it changes: standard deviation of |clean - damaged|. Small for a veil all over, larger than the mean "
+        "for streaks and flakes.",
+    )
+
+
+def _seed(tooltip: str) -> io.Input:
+    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)
+
+
+def _caption() -> io.Input:
+    return io.String.Input(
+        "caption",
+        default="",
+        multiline=True,
+        tooltip="What the picture shows, in a few words; the words for the degradation are added. Taken letter by letter: "
+        "brackets change no weights.",
+    )
+
+
+def _scale(name: str, default: float, tooltip: str) -> io.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=30.0, step=0.1, round=0.01, tooltip=tooltip)
+
+
+def _scales() -> list[io.Input]:
+    return [
+        _scale("text_scale", gendeg.TEXT_SCALE, "Weight of degradation and intensity. 7.5 is published."),
+        _scale("image_scale", gendeg.IMAGE_SCALE, "Weight of the clean picture. 1.5 is published."),
+    ]
+
+
+class LoadGenDeg(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendLoadGenDeg",
+            display_name="Load GenDeg",
+            category=CATEGORY,
+            description="Loads GenDeg's generator (gendeg.ckpt) as ComfyUI's own model, text encoder and autoencoder, with the "
+            "averaged weights that the published code samples with, and the layers for intensities. Needs ComfyUI.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=gendeg.checkpoint_files(),
+                    tooltip="gendeg.ckpt in models/checkpoints or models/restoration.",
+                ),
+                advanced(
+                    io.Boolean.Input(
+                        "averaged",
+                        default=True,
+                        tooltip="On: the moving average of the weights, as published. Off: the raw ones of the last step.",
+                    )
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model", display_name="model", tooltip="Stable Diffusion 1.5 with the clean picture."),
+                io.Clip.Output("clip", display_name="clip", tooltip="Its text encoder, the usual one of 1.5."),
+                io.Vae.Output("vae", display_name="vae", tooltip="Its autoencoder, the usual one of 1.5."),
+                sockets.Conditioner.Output("conditioner", display_name="conditioner", tooltip="For intensities."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name: str | None) -> bool | str:
+        try:
+            if model_name is not None:
+                gendeg.checkpoint_path(model_name)
+        except Exception as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, averaged: bool) -> str:
+        status = gendeg.checkpoint_path(model_name).stat()
+        return f"{status.st_mtime_ns}:{status.st_size}"
+
+    @classmethod
+    def execute(cls, model_name: str, averaged: bool = True) -> io.NodeOutput:
+        return io.NodeOutput(*gendeg.load(gendeg.checkpoint_path(model_name), averaged))
+
+
+class DegradationIntensity(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendDegradationIntensity",
+            display_name="Degradation Intensity",
+            category=CATEGORY,
+            description="Says to GenDeg what to do and how strongly: words and intensity in one conditioning, and beside it "
+            "the one that says nothing, which its guidance compares with.",
+            inputs=[
+                sockets.Conditioner.Input("conditioner", tooltip="From Load GenDeg."),
+                io.Clip.Input("clip", tooltip="The text encoder of Stable Diffusion 1.5."),
+                _kind(),
+                _mu(),
+                _sigma(),
+                _caption(),
+                advanced(
+                    io.Boolean.Input(
+                        "whole_text",
+                        default=False,
+                        tooltip="Off: only the first 77 tokens count, as published. On: each further 77 get the intensity too.",
+                    )
+                ),
+                io.Conditioning.Input(
+                    "conditioning",
+                    optional=True,
+                    tooltip="Words of your own from a text encode node (end them as the text output does) instead of "
+                    "degradation and caption.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output("full", display_name="conditioning", tooltip="Words and intensity."),
+                io.Conditioning.Output("null", display_name="null", tooltip="No words, no intensity."),
+                io.String.Output("text", display_name="text", tooltip="The words, for your own text encode node."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, degradation: str) -> bool | str:
+        return one_of("degradation", degradation, KINDS)
+
+    @classmethod
+    def execute(
+        cls, conditioner, clip, degradation="haze", mu=0.15, sigma=0.1, caption="", whole_text=False, conditioning=None
+    ) -> io.NodeOutput:
+        text = intensities.caption(caption, degradation)
+        words = conditioning if conditioning is not None else gendeg.encode_text(clip, text)
+        full = gendeg.with_intensity(conditioner, words, mu, sigma, whole_text)
+        null = gendeg.with_intensity(conditioner, gendeg.encode_text(clip, ""), None, None)
+        return io.NodeOutput(full, null, text)
+
+
+class GenDegGuider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendGenDegGuider",
+            display_name="Three-Way GenDeg Guider",
+            category=CATEGORY,
+            description="Guidance by words and picture as published: three predictions (both, picture alone, neither). For "
+            "SamplerCustomAdvanced with the sampler euler_ancestral. Needs ComfyUI.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Load GenDeg, through Fractional Timesteps to be exact."),
+                io.Conditioning.Input("conditioning", tooltip="From Degradation Intensity."),
+                io.Conditioning.Input("null", tooltip="The null output of Degradation Intensity."),
+                io.Vae.Input("vae", tooltip="From Load GenDeg."),
+                io.Image.Input("image", tooltip="The clean pictures. Sides that are multiples of 64 are best."),
+                *_scales(),
+            ],
+            outputs=[
+                io.Guider.Output("guider", display_name="guider", tooltip="For SamplerCustomAdvanced."),
+                io.Latent.Output("latent", display_name="latent", tooltip="Empty, of the right size, to start from."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, conditioning, null, vae, image, text_scale=7.5, image_scale=1.5) -> io.NodeOutput:
+        need_comfyui("Three-Way GenDeg Guider")
+        latent = gendeg.encode_picture(vae, channels_first(image)[:, :3])
+        guider = gendeg.guider(model, conditioning, null, latent, text_scale, image_scale)
+        return io.NodeOutput(guider, {"samples": latent * 0})
+
+
+class FractionalTimesteps(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendFractionalTimesteps",
+            display_name="Fractional Timesteps",
+            category=CATEGORY,
+            description="Tells a Stable Diffusion model the exact time of every noise level, as the published code does, where "
+            "ComfyUI rounds to whole numbers, and starts from noise of exactly the first level. Needs ComfyUI.",
+            inputs=[io.Model.Input("model", tooltip="A model with a table of 1,000 noise levels, such as GenDeg.")],
+            outputs=[io.Model.Output("patched", display_name="model", tooltip="The same model, told exact times.")],
+        )
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        return io.NodeOutput(gendeg.published_sampling(model))
+
+
+class IntensitySampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendIntensitySampler",
+            display_name="Intensity Sampler",
+            category=OWN,
+            description="Draws an intensity as GenDeg's training pairs of a degradation have them: one of their data sets, then "
+            "mean and deviation within its ranges. The same seed and number give the same intensity.",
+            inputs=[
+                _kind(),
+                _seed("Chooses the sequence."),
+                io.Int.Input(
+                    "index",
+                    default=0,
+                    min=0,
+                    max=1_000_000,
+                    tooltip="Which one of the sequence: count up for many pictures with one seed.",
+                ),
+                advanced(
+                    io.Int.Input(
+                        "uniform_every",
+                        default=20,
+                        min=0,
+                        max=1000,
+                        tooltip="Every so many-th is drawn evenly over the whole range, so that rare intensities occur too. "
+                        "20 is published; 0: never.",
+                    )
+                ),
+            ],
+            outputs=[
+                io.Float.Output("mu", display_name="mu", tooltip="Mean of |clean - damaged|."),
+                io.Float.Output("sigma", display_name="sigma", tooltip="Its standard deviation."),
+                io.String.Output("text", display_name="text", tooltip="Both, and the data set they are drawn like."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, degradation: str) -> bool | str:
+        return one_of("degradation", degradation, KINDS)
+
+    @classmethod
+    def execute(cls, degradation="haze", seed=0, index=0, uniform_every=20) -> io.NodeOutput:
+        found = intensities.draw_intensity(degradation, seed, index, uniform_every or None)
+        how = "evenly over the range of" if found.uniform else "as in"
+        text = f"{degradation}: mean {found.mu:.4f}, standard deviation {found.sigma:.4f}, {how} {found.dataset}"
+        return io.NodeOutput(found.mu, found.sigma, text)
+
+
+class MeasureIntensity(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendMeasureIntensity",
+            display_name="Measure Intensity",
+            category=OWN,
+            description="How much damage there is in a picture whose clean version is known, in GenDeg's two numbers.",
+            inputs=[
+                io.Image.Input("clean", tooltip="The clean pictures."),
+                io.Image.Input("damaged", tooltip="The damaged ones, of the same size."),
+            ],
+            outputs=[
+                io.Float.Output("mu", display_name="mu", tooltip="Mean of |clean - damaged|, of the whole batch."),
+                io.Float.Output("sigma", display_name="sigma", tooltip="Its standard deviation, of the whole batch."),
+                io.String.Output("text", display_name="text", tooltip="Both for each picture."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clean, damaged) -> io.NodeOutput:
+        first, second = (channels_first(x)[:, :3] for x in (clean, damaged))
+        if first.shape[1:] != second.shape[1:] or len(first) not in (1, len(second)):
+            raise InputError(
+                f"clean and damaged: {tuple(clean.shape)} and {tuple(damaged.shape)}; sizes and numbers of pictures must "
+                "be equal"
+            )
+        mu, sigma = intensities.measure_intensity(first.expand_as(second), second)
+        pairs = zip(mu.tolist(), sigma.tolist(), strict=True)
+        lines = [f"picture {i}: mean {m:.4f}, standard deviation {s:.4f}" for i, (m, s) in enumerate(pairs)]
+        return io.NodeOutput(float(mu.mean()), float(sigma.mean()), "\n".join(lines))
+
+
+class CorrectStructure(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendStructureCorrection",
+            display_name="Structure Correction",
+            category=CATEGORY,
+            description="Repairs what the autoencoder bent in GenDeg's pictures (faces, letters, edges) by comparing with the "
+            "clean ones. Published for haze and motion blur.",
+            inputs=[
+                sockets.Restorer.Input("network", tooltip="GenDeg's nafnet_sd.ckpt, from Load Restorer."),
+                io.Image.Input("clean", tooltip="The clean pictures."),
+                io.Image.Input("generated", tooltip="What GenDeg made of them, of the same size."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    round=0.001,
+                    tooltip="How much of the correction to apply; 1 is published.",
+                ),
+            ],
+            outputs=[io.Image.Output("corrected", display_name="image", tooltip="The corrected pictures, in 0..1.")],
+        )
+
+    @classmethod
+    def execute(cls, network, clean, generated, strength=1.0) -> io.NodeOutput:
+        pictures = (channels_first(x)[:, :3] for x in (clean, generated))
+        return io.NodeOutput(as_image(gendeg.correct(network, *pictures, strength)))
+
+
+class DegraderFromGenDeg(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendDegraderFromGenDeg",
+            display_name="Degrader From GenDeg",
+            category=CATEGORY,
+            description="GenDeg with all its settings as one thing, for Synthesise Degradation and Make Dataset. Does what the "
+            "chain of single nodes does, exact times included. Needs ComfyUI.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Load GenDeg, with LoRAs or other patches if you like."),
+                io.Clip.Input("clip", tooltip="From Load GenDeg."),
+                io.Vae.Input("vae", tooltip="From Load GenDeg."),
+                sockets.Conditioner.Input("conditioner", tooltip="From Load GenDeg."),
+                io.Int.Input(
+                    "steps", default=gendeg.STEPS, min=1, max=1000, tooltip="Steps of the sampler. 100 is published."
+                ),
+                *_scales(),
+                io.Boolean.Input(
+                    "correct_raindrops",
+                    default=False,
+                    tooltip="Also correct the structure of pictures with raindrops: the published help says so, the published "
+                    "code does not do it. Haze and motion blur are always corrected if a network is connected.",
+                ),
+                sockets.Restorer.Input(
+                    "correction",
+                    optional=True,
+                    tooltip="GenDeg's nafnet_sd.ckpt, from Load Restorer: Structure Correction.",
+                ),
+            ],
+            outputs=[
+                sockets.Degrader.Output("degrader", display_name="degrader", tooltip="For Synthesise Degradation.")
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        conditioner,
+        steps=100,
+        text_scale=7.5,
+        image_scale=1.5,
+        correct_raindrops=False,
+        correction=None,
+    ) -> io.NodeOutput:
+        need_comfyui("Degrader From GenDeg")
+        gendeg.conditioner_of(conditioner)
+        return io.NodeOutput(
+            gendeg.GenDegDegrader(
+                model, clip, vae, conditioner, correction, text_scale, image_scale, steps, correct_raindrops
+            )
+        )
+
+
+class LoadDegradationModel(ModelFile, io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendLoadDegradationModel",
+            display_name="Load Degradation Model",
+            category=OWN,
+            description="Loads Mend's own small degradation model, or one that you trained like it. It knows the kinds of "
+            "damage of GenDeg and runs without Stable Diffusion, on a CPU too.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=host.model_files(),
+                    default=degraders.STARTER if degraders.STARTER in host.model_files() else None,
+                    tooltip=f"{degraders.STARTER} comes with Mend.",
+                )
+            ],
+            outputs=[
+                sockets.Degrader.Output("degrader", display_name="degrader", tooltip="For Synthesise Degradation.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model_name: str) -> io.NodeOutput:
+        return io.NodeOutput(degraders.SmallDegrader(loaded.load(host.model_path(model_name))))
+
+
+def _degrader() -> io.Input:
+    return sockets.Degrader.Input(
+        "degrader",
+        optional=True,
+        tooltip="From Load Degradation Model or Degrader From GenDeg. Without one, the small model that comes with Mend.",
+    )
+
+
+def _starter() -> degraders.SmallDegrader:
+    return degraders.SmallDegrader(loaded.load(host.model_path(degraders.STARTER)))
+
+
+class SynthesiseDegradation(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendSynthesiseDegradation",
+            display_name="Synthesise Degradation",
+            category=OWN,
+            description="Paints haze, rain, snow, motion blur, darkness or raindrops into clean pictures with a learned model, "
+            "as strongly as you ask, and measures what came out. Works right after installing.",
+            inputs=[
+                io.Image.Input("image", tooltip="Clean pictures of any size. Transparency is kept as it is."),
+                _kind(),
+                _mu(0.0, "0 draws mean and deviation by the seed, as the training pairs of the degradation have them."),
+                _sigma(),
+                _seed("Chooses the damage; each picture of a batch gets its own."),
+                _caption(),
+                advanced(
+                    io.Int.Input(
+                        "steps",
+                        default=0,
+                        min=0,
+                        max=1000,
+                        tooltip="Steps of the sampler. 0: 12 for Mend's model, the degrader's own number for GenDeg.",
+                    )
+                ),
+                _degrader(),
+            ],
+            outputs=[
+                io.Image.Output("damaged", display_name="image", tooltip="The damaged pictures, in 0..1."),
+                io.Float.Output("mu_found", display_name="mu", tooltip="Measured mean of |clean - damaged|."),
+                io.Float.Output("sigma_found", display_name="sigma", tooltip="Measured standard deviation of it."),
+                io.String.Output("text", display_name="text", tooltip="What was asked for and what came out."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, degradation: str) -> bool | str:
+        return one_of("degradation", degradation, KINDS)
+
+    @classmethod
+    def execute(
+        cls, image, degradation="haze", mu=0.0, sigma=0.1, seed=0, caption="", steps=0, degrader=None
+    ) -> io.NodeOutput:
+        degrader = degrader or _starter()
+        if mu == 0:
+            drawn = intensities.draw_intensity(degradation, seed)
+            mu, sigma = drawn.mu, drawn.sigma
+        found = degraders.synthesise(degrader, channels_first(image), degradation, mu, sigma, seed, caption, steps)
+        text = found.text(degrader, degradation, mu, sigma)
+        return io.NodeOutput(as_image(found.damaged), float(found.mu.mean()), float(found.sigma.mean()), text)
+
+
+class MakeDataset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendMakeDataset",
+            display_name="Make Dataset",
+            category="Mend/training",
+            description="Turns a folder of clean photographs into pairs of clean and damaged pictures with a manifest, for "
+            "training. Queue it again after an interruption: pairs that are there are not made twice.",
+            inputs=[
+                io.String.Input(
+                    "photos",
+                    default="",
+                    tooltip="Folder with clean photographs: a full path, or a folder in ComfyUI's input folder; with its "
+                    "subfolders. Empty: the input folder itself.",
+                ),
+                io.String.Input(
+                    "name", default="my_dataset", tooltip="The data set: a folder below output/datasets of this name."
+                ),
+                io.String.Input(
+                    "degradations",
+                    default="all",
+                    tooltip=f"Names with commas between them: {', '.join(KINDS)}. all: these six. With the simulation also noise, "
+                    "blur, jpeg and the others of Degrade Image.",
+                ),
+                io.Combo.Input(
+                    "source",
+                    options=[MODEL, SIMULATION],
+                    default=MODEL,
+                    tooltip=f"{MODEL}: what is connected below, or Mend's small model. {SIMULATION}: formulas, as in Degrade "
+                    "Image; much faster.",
+                ),
+                io.Int.Input(
+                    "per_photo", default=1, min=1, max=1000, tooltip="Pairs of every degradation for each photograph."
+                ),
+                io.Int.Input(
+                    "largest_side",
+                    default=512,
+                    min=0,
+                    max=8192,
+                    tooltip="Larger photographs are shrunk to this longest side in pixels. 0: never.",
+                ),
+                _seed("Chooses all intensities and damages."),
+                _degrader(),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="Clean pictures from the graph, instead of the folder's photographs.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("manifest", display_name="manifest", tooltip="Path of manifest.jsonl."),
+                io.Int.Output("count", display_name="pairs", tooltip="How many pairs the data set has now."),
+                io.String.Output("text", display_name="text", tooltip="What was made, found and not readable."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, source: str, name: str) -> bool | str:
+        if name is not None and (not name.strip() or Path(name).name != name or name in (".", "..")):
+            return f"name: {name!r} is no plain folder name"
+        return one_of("source", source, [MODEL, SIMULATION])
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs) -> float:
+        return float("nan")  # photographs may have been added
+
+    @classmethod
+    def execute(
+        cls,
+        photos="",
+        name="my_dataset",
+        degradations="all",
+        source=MODEL,
+        per_photo=1,
+        largest_side=512,
+        seed=0,
+        degrader=None,
+        image=None,
+    ) -> io.NodeOutput:
+        out = folders.output_directory() / "datasets" / name
+        bar: list[host.Progress] = []
+        place = [0, 1]
+
+        def tell(done: int, total: int, damaged) -> None:
+            place[:] = done, total
+            if source == SIMULATION:
+                bar[:] = bar or [host.progress(total)]
+                shown = None if damaged is None else (lambda: to_pil(damaged[0]))
+                bar[0].update(done - bar[0].done, shown)
+
+        def paint(clean, kind, mu, sigma, number):
+            with host.part_of_progress(*place):
+                return used.paint(clean, kind, mu, sigma, number, "", 0)
+
+        if source == SIMULATION:
+            painter = make_dataset.simulation()
+        else:
+            used = degrader or _starter()
+            painter = make_dataset.Painter(used.name, used.kinds, paint)
+        if image is None:
+            pictures = make_dataset.from_folder(folders.require_input_directory(photos), out)
+        else:
+            pictures = make_dataset.from_images(channels_first(image)[:, :3])
+        report = make_dataset.make_dataset(
+            pictures,
+            out,
+            painter,
+            make_dataset.kinds_from_text(degradations, painter.kinds),
+            make_dataset.Settings(painter.name, seed, largest_side),
+            per_photo,
+            tell,
+        )
+        count = len(make_dataset.read_manifest(out))
+        return io.NodeOutput(str(out / make_dataset.MANIFEST), count, report.text(), ui=ui.PreviewText(report.text()))
+
+
+NODES = [
+    LoadGenDeg,
+    DegradationIntensity,
+    GenDegGuider,
+    FractionalTimesteps,
+    IntensitySampler,
+    MeasureIntensity,
+    CorrectStructure,
+    DegraderFromGenDeg,
+    LoadDegradationModel,
+    SynthesiseDegradation,
+    MakeDataset,
+]

@@ -22,6 +22,24 @@ def low_frequencies(image: torch.Tensor, sigma: float) -> torch.Tensor:
     return small if step == 1 else F.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)
 
 
+FILTERS = ("Gaussian", "guided")
+EDGE_VARIANCE = 1e-3
+"""Guided filter: variance of the guide within a window above which an edge is kept; about a step of 0.06."""
+
+
+def guided_low_frequencies(image: torch.Tensor, guide: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Low-pass of `image` [B, C, H, W] that stops at the edges of `guide` [B, 1, H, W].
+
+    He, Sun and Tang, "Guided Image Filtering", TPAMI 2013, equations 5 and 6, with Gaussian windows of `sigma` pixels.
+    """
+    mean, guide_mean = low_frequencies(image, sigma), low_frequencies(guide, sigma)
+    covariance = low_frequencies(image * guide, sigma) - mean * guide_mean
+    variance = low_frequencies(guide * guide, sigma) - guide_mean**2
+    slope = covariance / (variance.clamp_min(0) + EDGE_VARIANCE)
+    offset = mean - slope * guide_mean
+    return low_frequencies(slope, sigma) * guide + low_frequencies(offset, sigma)
+
+
 def mix(
     original: torch.Tensor,
     restored: torch.Tensor,
@@ -32,11 +50,13 @@ def mix(
     detail: float = 1.0,
     split: float = 3.0,
     colour_anchor: float = 0.0,
+    bands: str = "Gaussian",
 ) -> torch.Tensor:
     """original + strength * mask * (what the restoration changed), split into frequency bands.
 
     original [B, C, h, w] is scaled to restored [B, C, H, W]; mask [B or 1, H', W'] in 0..1. structure and detail weigh
-    the change below and above a Gaussian of `split` pixels; colour_anchor pulls the very low frequencies (a thirtieth
+    the change below and above a low-pass of `split` pixels, Gaussian or (bands "guided") one that keeps to the edges of the
+    restored picture, so that neither bleeds over them; colour_anchor pulls the very low frequencies (a thirtieth
     of the picture) back to the original's. Values outside 0..2 extrapolate. Returns [B, C, H, W], clamped.
     """
     channels = min(original.shape[1], restored.shape[1])
@@ -48,7 +68,10 @@ def mix(
         sigma = max(2.0, max(change.shape[-2:]) / 30)
         change = change - colour_anchor * low_frequencies(change, sigma)
     if structure != detail:
-        low = low_frequencies(change, max(0.3, split))
+        if bands == "guided":
+            low = guided_low_frequencies(change, result.mean(dim=1, keepdim=True), max(0.3, split))
+        else:
+            low = low_frequencies(change, max(0.3, split))
         change = structure * low + detail * (change - low)
     else:
         change = change * structure

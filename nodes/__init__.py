@@ -23,6 +23,7 @@ FAMILIES: tuple[str, ...] = (
     "local_pooling",
     "state_space",
     "uncertainty",
+    "regions",
     "ensemble",
     "input_range",
     "colour",

@@ -136,13 +136,32 @@ class RestorationMix(io.ComfyNode):
                     )
                 ),
                 io.Mask.Input("mask", optional=True, tooltip="Where to restore: white fully, black not at all."),
+                advanced(
+                    io.Combo.Input(
+                        "bands",
+                        options=list(mix.FILTERS),
+                        default=mix.FILTERS[0],
+                        optional=True,
+                        tooltip="How detail and structure are told apart: Gaussian by size alone; guided keeps to edges, so "
+                        "that a changed tone does not glow over them.",
+                    )
+                ),
             ],
             outputs=[io.Image.Output("mixed", display_name="image", tooltip="The mix, at the restored size.")],
         )
 
     @classmethod
     def execute(
-        cls, original, restored, strength=1.0, structure=1.0, detail=1.0, split=3.0, colour_anchor=0.0, mask=None
+        cls,
+        original,
+        restored,
+        strength=1.0,
+        structure=1.0,
+        detail=1.0,
+        split=3.0,
+        colour_anchor=0.0,
+        mask=None,
+        bands=mix.FILTERS[0],
     ) -> io.NodeOutput:
         mixed = mix.mix(
             channels_first(original),
@@ -153,6 +172,7 @@ class RestorationMix(io.ComfyNode):
             detail=detail,
             split=split,
             colour_anchor=colour_anchor,
+            bands=bands,
         )
         return io.NodeOutput(as_image(mixed))
 

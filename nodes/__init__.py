@@ -27,8 +27,6 @@ FAMILIES: tuple[str, ...] = (
     "ensemble",
     "input_range",
     "colour",
-    "video",
-    "steady",
     "faces",
     "codec",
     "operators",

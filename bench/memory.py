@@ -83,7 +83,7 @@ def peak(restorer: models.Restorer, side: int, dtype: torch.dtype) -> int:
         with PeakMemory() as meter:
             compress.decompress(codec, compress.compress(codec, picture, 32))
         return meter.bytes
-    channels = restorer.config.get("inp_channels", restorer.config.get("in_chans", 3))
+    channels = restorer.channels
     image, half = torch.rand(1, channels, side, side), dtype != torch.float32
     # Not inference mode: there autocast does not see what a counted operator is made of.
     with torch.no_grad(), torch.autocast("cpu", dtype if half else None, enabled=half), PeakMemory() as meter:

@@ -39,9 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _row(name: str, restorer: models.Restorer, size: int, precision: str, device: torch.device, repeat: int) -> str:
-    image = torch.rand(
-        1, restorer.config.get("inp_channels", restorer.config.get("in_chans", 3)), size, size, device=device
-    )
+    image = torch.rand(1, restorer.channels, size, size, device=device)
     dtype = host.working_dtype(precision, device)
     half = dtype != torch.float32
     module = restorer.module.to(device)

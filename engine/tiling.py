@@ -129,7 +129,7 @@ def restore(
     batch, channels, height, width = image.shape
     scale = loaded.restorer.scale
     colour = as_rgb(image)
-    wanted = loaded.restorer.config.get("inp_channels", loaded.restorer.config.get("in_chans", 3))
+    wanted = loaded.restorer.channels
     if wanted == 1:
         colour = _per_channel(colour)
     elif wanted != 3:

@@ -28,6 +28,12 @@ class Restorer:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def channels(self) -> int:
+        """Channels of the pictures that the network takes: 1 or 3 for restorers."""
+        names = ("inp_channels", "in_chans", "img_channel")  # what the released configurations call them
+        return int(next((self.config[name] for name in names if name in self.config), 3))
+
+    @property
     def scale(self) -> int:
         return self.architecture.scale(self.config)
 

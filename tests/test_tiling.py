@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import local_restorer
 
-from comfyui_mend.engine import host, tiling
+from comfyui_mend import models
+from comfyui_mend.engine import host, loaded, tiling
 from comfyui_mend.errors import Cancelled, InputError, OutOfMemoryError
 
 
@@ -227,3 +228,14 @@ def test_a_large_picture_is_restored_in_less_than_three_gigabytes() -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[-1]) < 3e9
+
+
+def test_a_grey_network_takes_each_channel_by_itself() -> None:
+    torch.manual_seed(0)
+    config = {"img_channel": 1, "width": 4, "enc_blk_nums": [1], "middle_blk_num": 1, "dec_blk_nums": [1]}
+    grey = loaded.wrap(models.load(models.create("dcpt", config).state_dict()))
+    assert grey.restorer.channels == 1
+    image = torch.rand(2, 3, 20, 31)
+    restored = tiling.restore(grey, image)
+    alone = tiling.restore(grey, image[1:, 2:])
+    assert restored.shape == image.shape and torch.allclose(restored[1:, 2:], alone, atol=1e-6)

@@ -100,10 +100,10 @@ STARTER_TASKS = (
     _single("rain", 0.11, "rain"),
     _single("raindrops", 0.015, "raindrops"),
     _single("snow", 0.09, "snow"),
-    _single("haze", 0.17, "haze"),
-    _single("low-light", 0.13, "low-light"),
+    _single("haze", 0.20, "haze"),
+    _single("low-light", 0.16, "low-light"),
     _single("jpeg", 0.09, "jpeg"),
-    Task("clean", 0.06, ((),)),
+    Task("clean", 0.05, ((),)),
     Task(
         "mixture",
         0.14,

@@ -69,8 +69,9 @@ class Starter:
 
 
 # Under the paper's L1, a hazy or dark crop, whose error has one sign everywhere, drowns the gradients of all others: in an
-# hour nothing else improves. The logarithm of each crop's error weighs all of them alike; the spectra keep detail in sight.
-BLIND = Restoration(pixel=0.0, log=0.25, fft=0.1)
+# hour nothing else improves. Under the logarithm of each crop's error alone, dark crops stay as they are, because its
+# gradient grows as the error shrinks. The two together, and a floor for nearly perfect crops, let all kinds improve.
+BLIND = Restoration(pixel=3.0, log=0.25, fft=0.1, floor=3e-4)
 
 
 STARTERS: Mapping[str, Starter] = {

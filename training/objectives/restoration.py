@@ -41,6 +41,8 @@ class Restoration:
     balance: float = 0.01
     log: float = 0.0
     pixel: float = 1.0
+    floor: float = 1e-5
+    """Mean squared error below which the log error hardly falls: the smaller, the more nearly perfect images weigh."""
 
     def __call__(
         self, module: nn.Module, damaged: torch.Tensor, clean: torch.Tensor, generator: torch.Generator
@@ -58,6 +60,6 @@ class Restoration:
         parts["fft"] = fft_loss(restored, clean)
         loss = self.pixel * parts["pixel"] + self.fft * parts["fft"] + self.balance * parts.get("balance", 0.0)
         if self.log:
-            parts["log"] = log_error(restored, clean)
+            parts["log"] = log_error(restored, clean, self.floor)
             loss = loss + self.log * parts["log"]
         return loss, {name: value.detach() for name, value in parts.items()}

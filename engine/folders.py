@@ -127,6 +127,15 @@ def require_input_directory(name: str) -> Path:
     return found
 
 
+def require_output_directory(name: str) -> Path:
+    """A folder in the output folder; "" is the output folder itself. Raises WorkflowError for one outside."""
+    root = output_directory()
+    folder = (root / name.strip().strip('"')).resolve()
+    if not folder.is_relative_to(root.resolve()):
+        raise WorkflowError(f"{name!r} leads out of the output folder {root}; name a folder in it")
+    return folder
+
+
 def save_location(prefix: str, folder: Path, width: int = 0, height: int = 0) -> tuple[Path, str, int, str]:
     """Where a picture with this prefix goes: (folder, file name without number, next free number, subfolder).
 

@@ -192,6 +192,13 @@ def check_interrupt() -> None:
         raise Cancelled("cancelled")
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """True for what `check_interrupt` raises."""
+    if inside_comfyui() and isinstance(error, _management().InterruptProcessingException):
+        return True
+    return isinstance(error, Cancelled)
+
+
 class Progress:
     """One progress bar over all the work of a node; every update also checks for an interrupt."""
 

@@ -138,6 +138,16 @@ class ComfyUI:
         """Drops every result kept."""
         self._executor.reset()
 
+    @staticmethod
+    def _bring_folder(name: Any, target: Path) -> None:
+        """The same for a folder that a node reads."""
+        if not isinstance(name, str) or not name or Path(name).is_absolute():
+            return
+        for folder in folders.own_input_directories():
+            found = (folder / name).resolve()
+            if found.is_relative_to(folder.resolve()) and found.is_dir() and not (target / name).exists():
+                shutil.copytree(found, target / name)
+
     def _bring_inputs(self, prompt: Prompt) -> None:
         """Copies the pictures that the workflow names from our input folders into the one folder that ComfyUI has."""
         target = self._temp / "input"
@@ -147,3 +157,5 @@ class ComfyUI:
                 if found is not None and not (target / name).exists():
                     (target / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(found, target / name)
+            if "source" in node.get("inputs", {}):
+                self._bring_folder(node["inputs"]["source"], target)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFile, ImageOps, ImageSequence, UnidentifiedImageError
 
 from ..errors import InputError
-from . import folders
+from . import folders, video
 from . import node_io as io
 from . import node_ui as ui
 
@@ -505,3 +505,41 @@ _primitive("Float", "Float", lambda: io.Float.Input("value", min=-_WIDEST, max=_
 _primitive("String", "String", lambda: io.String.Input("value"), io.String)
 _primitive("StringMultiline", "String (Multiline)", lambda: io.String.Input("value", multiline=True), io.String)
 _primitive("Boolean", "Boolean", lambda: io.Boolean.Input("value"), io.Boolean)
+
+
+# Video ----------------------------------------------------------------------------------------------------------------
+
+
+def _video_exists(cls: type[io.ComfyNode], file: str) -> bool | str:
+    return True if file is None or folders.input_path(file) is not None else f"Invalid video file: {file}"
+
+
+def _time_of_change(cls: type[io.ComfyNode], file: str) -> float:
+    return folders.require_input_path(file).stat().st_mtime
+
+
+@_node(
+    "LoadVideo",
+    "Load Video",
+    "image/video",
+    lambda: [io.Combo.Input("file", options=folders.input_files(video.VIDEO_SUFFIXES), upload=io.UploadType.video)],
+    [(io.Video, None)],
+    validate_inputs=_video_exists,
+    fingerprint_inputs=_time_of_change,
+)
+def load_video(file: str) -> video.VideoFile:
+    """Loads a video from the input folder."""
+    return video.VideoFile(folders.require_input_path(file))
+
+
+@_node(
+    "GetVideoComponents",
+    "Get Video Components",
+    "image/video",
+    lambda: [io.Video.Input("video", tooltip="The video to extract components from.")],
+    [(io.Image, "images"), (io.Audio, "audio"), (io.Float, "fps")],
+)
+def get_video_components(video: video.VideoFile) -> tuple[torch.Tensor, None, float]:
+    """Extracts all components from a video: frames, audio, and framerate. Here the audio is left out."""
+    components = video.get_components()
+    return components.images, components.audio, float(components.frame_rate)

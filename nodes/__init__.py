@@ -27,6 +27,8 @@ FAMILIES: tuple[str, ...] = (
     "ensemble",
     "input_range",
     "colour",
+    "video",
+    "steady",
     "faces",
     "codec",
     "operators",

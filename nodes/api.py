@@ -5,12 +5,15 @@ from __future__ import annotations
 from ..engine import host
 
 if host.inside_comfyui():
-    from comfy_api.latest import ComfyExtension, io, ui
+    from comfy_api.latest import ComfyExtension, InputImpl, io, ui
     from comfy_execution.graph_utils import GraphBuilder
+
+    VideoFile = InputImpl.VideoFromFile
 else:
     from ..engine.node_api import ComfyExtension, GraphBuilder, io, ui
+    from ..engine.video import VideoFile
 
-__all__ = ["ComfyExtension", "GraphBuilder", "advanced", "io", "ui"]
+__all__ = ["ComfyExtension", "GraphBuilder", "VideoFile", "advanced", "io", "ui"]
 
 
 def advanced(slot: io.Input) -> io.Input:

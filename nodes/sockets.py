@@ -38,3 +38,5 @@ Conditioner = io.Custom("MEND_CONDITIONER")
 """GenDeg's layers that bring an intensity into CONDITIONING: `engine.loaded.LoadedRestorer`."""
 Degrader = io.Custom("MEND_DEGRADER")
 """What paints damage into pictures: `engine.degraders.Degrader`."""
+Shots = io.Custom("MEND_SHOTS")
+"""Where the shots of a video begin: numbers of their first frames."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -71,7 +71,7 @@ class Network:
             return self._run(image, generator)
         with capture(self.module, [self.last], inputs=True) as seen:
             outputs = self._run(image, generator)
-        return Outputs(outputs.restored, outputs.routing, outputs.embedding, outputs.uncertainty, seen[-1])
+        return replace(outputs, features=seen[-1][1])
 
     def _run(self, image: torch.Tensor, generator: torch.Generator) -> Outputs:
         module = self.module
@@ -210,14 +210,14 @@ class _Sum(Method):
 
 
 @contextmanager
-def capture(module: nn.Module, names: Sequence[str], inputs: bool = False) -> Iterator[list[torch.Tensor]]:
-    """Collects what submodules return (or read) while the body runs, in order of execution."""
-    seen: list[torch.Tensor] = []
+def capture(module: nn.Module, names: Sequence[str], inputs: bool = False) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Collects what submodules return (or read) while the body runs, in order of execution, under their names."""
+    seen: list[tuple[str, torch.Tensor]] = []
 
-    def keep(_: nn.Module, given: tuple[torch.Tensor, ...], returned: torch.Tensor) -> None:
-        seen.append(given[0] if inputs else returned)
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _, given, returned: seen.append((name, given[0] if inputs else returned))
 
-    handles = [module.get_submodule(name).register_forward_hook(keep) for name in names]
+    handles = [module.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     try:
         yield seen
     finally:

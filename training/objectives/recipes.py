@@ -243,7 +243,8 @@ def decoder_features(
         return network.module.decoder_features(image)
     with capture(network.module, names) as seen:
         network(image, generator)
-    return seen[::-1]
+    last = {name: index for index, (name, _) in enumerate(seen)}  # DA-RCOT's decoder runs more than once
+    return [seen[index][1] for index in sorted(last.values(), reverse=True)]
 
 
 class _Classification(Method):

@@ -1,0 +1,498 @@
+"""Training on the graph: what is loaded stays as it is, runs can stop anywhere, and what comes out loads again."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from comfyui_mend import models
+from comfyui_mend.engine import folders, host, loaded
+from comfyui_mend.engine.comfyui import find_comfyui
+from comfyui_mend.errors import Cancelled, CheckpointError, ConfigError, InputError
+from comfyui_mend.nodes import datasets as dataset_nodes
+from comfyui_mend.nodes import objectives as objective_nodes
+from comfyui_mend.nodes import train as train_nodes
+from comfyui_mend.training import cli_finetune, datasets, finetune
+from comfyui_mend.training.objectives import recipes
+from comfyui_mend.training.objectives.base import Batch, Network, Pass, Weighted
+
+from .comfyui_page import find_python
+from .conftest import SMALL
+
+NAFNET = {"width": 4, "enc_blk_nums": (1, 1), "middle_blk_num": 1, "dec_blk_nums": (1, 1)}
+RCOT = {"dim": 4, "num_blocks": (1, 1, 1, 1), "num_refinement_blocks": 1, "heads": (1, 1, 1, 1)}
+MOCE = {"dim": 8, "num_blocks": (1, 1), "num_dec_blocks": (1,), "heads": (1, 2), "num_refinement_blocks": 0}
+LABELS = ("noise", "rain", "haze")
+
+
+def restorer(system: str = "dcpt", config: dict | None = None) -> models.Restorer:
+    """A tiny network with seeded weights."""
+    config = config or NAFNET
+    torch.manual_seed(0)
+    architecture = models.registry.find(system, config)
+    module = architecture.build(config).eval().requires_grad_(False)
+    return models.Restorer(architecture, dict(config), module, "tiny.safetensors")
+
+
+def source(labels: tuple[str, ...] = LABELS) -> datasets.Dataset:
+    coarse = torch.rand(3, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    photos = torch.nn.functional.interpolate(coarse, (48, 48), mode="bicubic").clamp(0, 1)
+    return datasets.images(photos, tasks=datasets.tasks_from_text("\n".join(labels)))
+
+
+def tuner(folder: Path, objective=None, given: models.Restorer | None = None, steps=4, **more) -> finetune.FineTuner:
+    own = {k: more.pop(k) for k in ("validate_steps", "keep") if k in more}
+    settings = finetune.settings(steps, size=32, batch=3, learning_rate=1e-3, validation_size=32, **more)
+    made = finetune.trainable_copy(given or restorer())
+    return finetune.FineTuner(
+        made, source(), objective or recipes.PixelObjective(), settings, folder, held_out=1, **own
+    )
+
+
+def network(given: models.Restorer) -> Network:
+    return Network(given.architecture, given.config, finetune.trainable_copy(given).module)
+
+
+def batch(count: int = 3, size: int = 32) -> Batch:
+    generator = torch.Generator().manual_seed(2)
+    clean = torch.rand(count, 3, size, size, generator=generator)
+    damaged = (clean + 0.1 * torch.randn(clean.shape, generator=generator)).clamp(0, 1)
+    return Batch(damaged, clean, LABELS[:count])
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    folders.set_folders(output=tmp_path / "output")
+    yield tmp_path / "output"
+    folders._Folders.output = None
+    host.set_hooks()
+
+
+# The trainer ----------------------------------------------------------------------------------------------------------
+
+OBJECTIVES = {
+    "pixel": (recipes.PixelObjective(), "dcpt", NAFNET),
+    "TUR and routing": (
+        Weighted(((recipes.UncertaintyObjective(), 1.0), (recipes.RoutingObjective(), 0.01))),
+        "moce-ir",
+        MOCE,
+    ),
+    "DCPT": (recipes.ClassificationObjective(blocks=1), "dcpt", NAFNET),
+    "DA-RCOT": (recipes.TransportObjective(paired=False, width=4), "da-rcot", RCOT),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, name):
+    objective, system, config = OBJECTIVES[name]
+    given = restorer(system, config)
+    whole = tuner(tmp_path / "a", objective, given).train()
+    stopped = tuner(tmp_path / "b", objective, given)
+    with pytest.raises(Cancelled):
+        stopped.train(should_stop=lambda: stopped.progress.step == 2)
+    assert (tmp_path / "b" / finetune.WEIGHTS).is_file()
+    resumed = tuner(tmp_path / "b", objective, given)
+    assert resumed.resume() and resumed.progress.step == 2
+    again = resumed.train()
+    moved = False
+    for key, value in whole.module.state_dict().items():
+        assert torch.equal(value, again.module.state_dict()[key]), key
+        moved |= not torch.equal(value, given.module.state_dict()[key])
+    assert moved and resumed.history == sorted(resumed.history)
+
+
+def test_the_best_validated_weights_are_kept(tmp_path):
+    one = tuner(tmp_path, steps=3, validate_steps=1)
+    scores = iter([10.0, 30.0, 20.0])
+    one._validate = lambda: {"noise": next(scores)}
+    snapshots = []
+    result = one.train(lambda t, v: snapshots.append({k: x.clone() for k, x in t.average.state_dict().items()}))
+    assert one.progress.best == 30.0 and one.scores() == {"noise": 30.0}
+    for key, value in result.module.state_dict().items():
+        assert torch.equal(value, snapshots[1][key])
+    one.keep = "last"
+    for key, value in one.result().module.state_dict().items():
+        assert torch.equal(value, snapshots[2][key])
+    assert one.scores() == {"noise": 20.0}
+
+
+def test_another_objective_cannot_take_over_a_run(tmp_path):
+    one = tuner(tmp_path)
+    one.step(), one.save()
+    with pytest.raises(CheckpointError, match="start over"):
+        tuner(tmp_path, recipes.PixelObjective("L1")).resume()
+
+
+def test_crops_are_raised_to_what_the_network_takes():
+    assert finetune.crop_size(restorer(), 33) == 36
+    assert finetune.crop_size(restorer("moce-ir", SMALL), 33) == 40
+
+
+def test_what_cannot_be_trained_says_so():
+    critic = restorer("da-rcot", {"kind": "potential", "patch_size": 32, "width": 4})
+    with pytest.raises(InputError, match="critic"):
+        finetune.trainable_copy(critic)
+
+
+def test_runs_get_folders_of_their_own(tmp_path):
+    assert finetune.run_folder(tmp_path, "a/../b", False).parent == tmp_path
+    (tmp_path / "x_00001").mkdir(), (tmp_path / "x_00003").mkdir()
+    assert finetune.run_folder(tmp_path, "x", True).name == "x_00003"
+    assert finetune.run_folder(tmp_path, "x", False).name == "x_00004"
+    assert finetune.run_folder(tmp_path, "y", True).name == "y_00001"
+
+
+# Objectives -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sum_of_objectives_runs_the_network_once():
+    net = network(restorer())
+    calls = []
+    net.module.register_forward_hook(lambda *_: calls.append(1))
+    both = Weighted(((recipes.PixelObjective("L1", 0.0), 2.0), (recipes.PixelObjective("squared", 0.0), 3.0)))
+    method = both.start(net, LABELS, 32)
+    run = Pass(net, batch(), torch.Generator())
+    loss, _ = method.loss(run)
+    difference = run.restored - run.batch.clean
+    assert len(calls) == 1
+    assert torch.allclose(loss, 2 * difference.abs().mean() + 3 * difference.square().mean())
+
+
+def test_routing_is_for_routed_networks_and_knows_complexity():
+    with pytest.raises(ConfigError, match="MoCE-IR"):
+        recipes.RoutingObjective().start(network(restorer()), LABELS, 32)
+    losses = []
+    for complexity in (False, True):
+        net = network(restorer("moce-ir", SMALL))
+        method = recipes.RoutingObjective(complexity).start(net, LABELS, 32)
+        losses.append(float(method.loss(Pass(net, batch(), torch.Generator().manual_seed(0)))[0].detach()))
+    assert losses[0] != losses[1]
+
+
+def test_any_network_gets_an_uncertainty_head_that_is_not_part_of_the_result(tmp_path):
+    one = tuner(tmp_path, recipes.UncertaintyObjective())
+    head = [p.clone() for p in one.method.head.parameters()]
+    result = one.train()
+    assert any(not torch.equal(a, b) for a, b in zip(head, one.method.head.parameters(), strict=True))
+    assert set(result.module.state_dict()) == set(restorer().module.state_dict())
+
+
+def test_a_network_with_its_own_uncertainty_head_uses_that():
+    case = json.loads((Path(__file__).parent / "data/parity/tur-uformer-small/case.json").read_text())
+    given = restorer("tur", case["config"])
+    net, size = network(given), finetune.crop_size(given, 32)
+    method = recipes.UncertaintyObjective().start(net, LABELS, size)
+    assert method.head is None and net.own_uncertainty
+    loss, parts = method.loss(Pass(net, batch(3, size), torch.Generator()))
+    loss.backward()
+    assert next(p for n, p in net.module.named_parameters() if "var_conv" in n).grad.abs().sum() > 0
+    assert parts["uncertainty"] > 0
+
+
+def test_published_task_lists_take_our_names_and_refuse_others():
+    start = recipes.UncertaintyObjective("7task").start
+    net = network(restorer())
+    method = start(net, ("low-light", "motion-blur", "noise"), 32)
+    assert [method.tasks[n] for n in ("low-light", "motion-blur", "noise")] == ["dark", "blur", "noise"]
+    assert recipes.UncertaintyObjective("3task").start(net, ("noise", "rain"), 32).criterion.accumulate
+    assert not recipes.UncertaintyObjective("3task", False).start(net, ("rain",), 32).criterion.accumulate
+    with pytest.raises(InputError, match="snow"):
+        start(net, ("snow",), 32)
+
+
+@pytest.mark.parametrize("system, config", [("dcpt", NAFNET), ("moce-ir", SMALL), ("da-rcot", RCOT)])
+def test_classification_reads_decoders_and_teaches_the_network(system, config):
+    net = network(restorer(system, config))
+    method = recipes.ClassificationObjective(blocks=1).start(net, LABELS, 32)
+    dims = [b[0].conv1.in_channels for b in method.net_dc.bottleneck_layers]
+    loss, parts = method.loss(Pass(net, batch(), torch.Generator().manual_seed(0)))
+    loss.backward()
+    first = next(p for n, p in net.module.named_parameters() if n.startswith(("intro", "patch_embed")))
+    assert len(dims) >= 2 and first.grad.abs().sum() > 0 and 0 <= parts["right"] <= 1
+
+
+def test_only_the_classifier_learns_where_asked(tmp_path):
+    one = tuner(tmp_path, recipes.ClassificationObjective("classifier", blocks=1), steps=2)
+    before = {k: v.clone() for k, v in one.module.state_dict().items()}
+    classes = one.method.net_dc.fc.weight.clone()
+    one.train()
+    # Weight decay alone does not move parameters that have no gradient.
+    assert all(torch.equal(v, one.module.state_dict()[k]) for k, v in before.items())
+    assert not torch.equal(classes, one.method.net_dc.fc.weight)
+
+
+def test_stages_that_do_not_halve_or_exist_are_named():
+    net = network(restorer("moce-ir", SMALL))
+    with pytest.raises(ConfigError, match="half"):
+        recipes.ClassificationObjective(stages="dec.*.2, refinement").start(net, LABELS, 32)
+    with pytest.raises(ConfigError, match="nowhere"):
+        recipes.ClassificationObjective(stages="nowhere").start(net, LABELS, 32)
+    with pytest.raises(InputError, match="two"):
+        recipes.ClassificationObjective().start(net, ("noise",), 32)
+
+
+def test_transport_without_pairs_never_looks_at_the_twin():
+    net = network(restorer("da-rcot", RCOT))
+    method = recipes.TransportObjective(paired=False, width=4).start(net, LABELS, 32)
+    assert method.wants_other
+    one = batch()
+    other = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+    losses = []
+    for clean in (one.clean, torch.zeros_like(one.clean)):
+        torch.manual_seed(1)
+        fresh = recipes.TransportObjective(paired=False, width=4).start(net, LABELS, 32)
+        run = Pass(net, Batch(one.damaged, clean, one.labels, other), torch.Generator().manual_seed(0))
+        fresh.prepare(run)
+        losses.append(float(fresh.loss(run)[0].detach()))
+    assert losses[0] == losses[1]
+
+
+def test_transport_teaches_potential_and_network_apart():
+    net = network(restorer("da-rcot", RCOT))
+    method = recipes.TransportObjective(width=4, critic_rate=1e-3).start(net, LABELS, 32)
+    run = Pass(net, batch(), torch.Generator().manual_seed(0))
+    before = [p.clone() for p in method.critic.parameters()]
+    parts = method.prepare(run)
+    after = [p.clone() for p in method.critic.parameters()]
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) and parts["penalty"] > 0
+    assert all(p.grad is None for p in net.module.parameters())
+    loss, parts = method.loss(run)
+    loss.backward()
+    assert "contrastive" in parts and "L1" in parts
+    assert all(torch.equal(a, b) for a, b in zip(after, method.critic.parameters(), strict=True))
+    assert net.module.output.weight.grad.abs().sum() > 0 and method.groups() == []
+
+
+def test_transport_needs_crops_that_the_potential_takes():
+    with pytest.raises(ConfigError, match="32"):
+        recipes.TransportObjective().start(network(restorer()), LABELS, 40)
+
+
+def test_noise_has_numbers_of_its_own():
+    ids = recipes.degradation_ids(("rain", "noise", "haze + noise", "haze"))
+    assert ids["noise"] < 3 and ids["haze + noise"] < 3 and {ids["rain"], ids["haze"]} == {3, 4}
+
+
+@pytest.mark.parametrize("consistency", [False, True])
+def test_priors_learn_to_denoise(tmp_path, consistency):
+    given = models.load(host.PACK / "weights" / "wiring-prior.safetensors")
+    result = tuner(tmp_path, recipes.DenoisingObjective(consistency), given, steps=2).train()
+    assert models.load(tmp_path / finetune.WEIGHTS).architecture.kind == "prior"
+    assert any(not torch.equal(v, given.module.state_dict()[k]) for k, v in result.module.state_dict().items())
+
+
+def test_objectives_refuse_networks_of_another_kind():
+    with pytest.raises(ConfigError, match="codec"):
+        recipes.RateDistortionObjective().start(network(restorer()), LABELS, 32)
+    with pytest.raises(ConfigError, match="prior"):
+        recipes.DenoisingObjective().start(network(restorer()), LABELS, 32)
+
+
+def test_every_objective_describes_itself_as_json():
+    for made in recipes.OBJECTIVES.values():
+        assert json.loads(json.dumps(made().describe()))["kind"] == made.kind
+    assert isinstance(recipes.default_objective(restorer("moce-ir", SMALL).module), Weighted)
+
+
+# On the graph ---------------------------------------------------------------------------------------------------------
+
+
+def run_node(given: loaded.LoadedRestorer, objective=None, **options):
+    """Train Restorer as a graph runs it: everything in inference mode."""
+    with torch.inference_mode():
+        photos = torch.rand(2, 48, 48, 3, generator=torch.Generator().manual_seed(0))
+        data, preview, text = dataset_nodes.DatasetFromImages.execute(photos, "noise\nrain", shown=2, crop=32).args
+        assert preview.shape[0] == 1 and preview.shape[-1] == 3 and "noise, rain" in text
+        settings = {"steps": 3, "crop": 32, "batch": 2, **options}
+        return train_nodes.TrainRestorer.execute(given, data, objective=objective, **settings).args
+
+
+def test_training_inside_inference_mode_leaves_the_loaded_network_alone(moce, outputs):
+    before = {k: v.clone() for k, v in moce.restorer.module.state_dict().items()}
+    trained, strip, plot, text = run_node(moce)
+    assert all(torch.equal(v, moce.restorer.module.state_dict()[k]) for k, v in before.items())
+    assert not any(p.requires_grad for p in moce.restorer.module.parameters())
+    after = trained.restorer.module.state_dict()
+    assert any(not torch.equal(v, after[k]) for k, v in before.items())
+    assert not any(p.requires_grad or p.is_inference() for p in trained.restorer.module.parameters())
+    assert (
+        strip.ndim == plot.ndim == 4 and "->" in text and (outputs / "mend/training/restorer_00001/last.pt").is_file()
+    )
+
+
+def test_weights_that_were_made_in_inference_mode_can_be_trained(outputs):
+    with torch.inference_mode():
+        given = loaded.wrap(restorer())
+    assert next(given.restorer.module.parameters()).is_inference()
+    trained, *_ = run_node(given)
+    assert not next(trained.restorer.module.parameters()).is_inference()
+
+
+def test_memory_is_free_after_training(moce, outputs, monkeypatch):
+    kept = []
+    original = finetune.FineTuner.__init__
+
+    def watched(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        kept.append(weakref.ref(self.optimizer))
+        kept.append(weakref.ref(self.average))
+
+    monkeypatch.setattr(finetune.FineTuner, "__init__", watched)
+    run_node(moce)
+    gc.collect()
+    assert len(datasets.pictures) == 0 and [ref() for ref in kept] == [None, None]
+
+
+def test_the_same_seed_gives_the_same_network(moce, outputs):
+    a, b = (run_node(moce, seed=7)[0].restorer.module.state_dict() for _ in range(2))
+    c = run_node(moce, seed=8)[0].restorer.module.state_dict()
+    assert all(torch.equal(v, b[k]) for k, v in a.items()) and any(not torch.equal(v, c[k]) for k, v in a.items())
+
+
+def test_cancelling_keeps_what_was_learned_and_resume_goes_on(moce, outputs):
+    whole = run_node(moce, steps=4, name="whole")[0].restorer.module.state_dict()
+    seen = []
+    host.set_hooks(
+        lambda done, total, picture: seen.append((done, total, picture)), lambda: bool(seen) and seen[-1][0] >= 2
+    )
+    with pytest.raises(Cancelled):
+        run_node(moce, steps=4, name="run")
+    folder = outputs / "mend/training/run_00001"
+    assert models.load(folder / finetune.WEIGHTS).architecture.id == "moce-ir"
+    assert any(picture is not None for _, _, picture in seen), "no preview was shown"
+    host.set_hooks()
+    again = run_node(moce, steps=4, name="run", resume=True)[0].restorer.module.state_dict()
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["run_00001", "whole_00001"]
+    assert all(torch.equal(v, again[k]) for k, v in whole.items())
+
+
+def test_a_saved_restorer_is_listed_and_loads_with_its_history(moce, outputs):
+    with torch.inference_mode():
+        trained, *_ = run_node(moce)
+        (name,) = train_nodes.SaveRestorer.execute(trained, "mine/tuned", "fp32").args
+    assert name == "mine/tuned_00001_.safetensors" and name in host.model_files()
+    again = loaded.load(host.model_path(name)).restorer
+    assert all(torch.equal(v, again.module.state_dict()[k]) for k, v in trained.restorer.module.state_dict().items())
+    history = json.loads(again.metadata["training"])
+    assert history["steps"] == 3 and set(history["psnr"]) == {"noise", "rain"}
+    assert history["objective"]["kind"] == "sum" and history["data"]["pictures"] == 1
+
+
+def test_a_file_that_was_trained_before_keeps_its_earlier_history(moce, outputs):
+    first, *_ = run_node(moce)
+    second, *_ = run_node(first)
+    history = json.loads(second.restorer.metadata["training"])
+    assert history["earlier"]["steps"] == 3
+
+
+def test_nodes_make_what_they_say(outputs):
+    combine = objective_nodes.CombineObjectives.execute
+    pixel, routing = objective_nodes.Pixel.execute("L1", 0.0)[0], objective_nodes.Routing.execute(False)[0]
+    both = combine(objective_1=pixel, weight_1=1.0, objective_3=routing, weight_3=0.01)[0]
+    assert both.parts == ((pixel, 1.0), (routing, 0.01))
+    assert objective_nodes.Uncertainty.execute("5task", "as in the paper")[0].accumulate is False
+    assert objective_nodes.Transport.execute(False, width=8)[0] == recipes.TransportObjective(False, width=8)
+    assert objective_nodes.Classification.execute("direct")[0].mode == "direct"
+    assert objective_nodes.Denoising.execute("consistency", 7)[0] == recipes.DenoisingObjective(True, 7)
+    with pytest.raises(ConfigError):
+        combine()[0].start(network(restorer()), LABELS, 32)
+
+
+def test_folder_nodes_find_the_shipped_pairs_and_check_early():
+    folder = dataset_nodes.PairedFolder
+    assert folder.validate_inputs("pairs") is True and "no folder" in folder.validate_inputs("nowhere")
+    data, _, text = folder.execute("pairs", "weather", shown=1, crop=32).args
+    listed, _, _ = dataset_nodes.DatasetManifest.execute("pairs", shown=1, crop=32).args
+    assert set(listed.labels) == {"rain", "snow", "haze", "low-light", "noise"} and data.labels == ("weather",)
+    assert dataset_nodes.CleanFolder.validate_inputs("pairs", "fog") is not True
+    mixed, *_ = dataset_nodes.MixDatasets.execute(
+        1, 32, dataset_1=data, weight_1=1.0, dataset_2=listed, weight_2=2.0
+    ).args
+    assert len(mixed.labels) == 6
+    assert train_nodes.TrainRestorer.validate_inputs("best", "fp8") != True  # noqa: E712 - a message
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_trains_what_the_nodes_train(tmp_path):
+    model = tmp_path / "tiny.safetensors"
+    finetune.write(restorer(), model)
+    pairs = folders.SHIPPED_INPUTS / "pairs"
+    arguments = ["--model", str(model), "--dataset", f"manifest:{pairs}@2", "--dataset", f"clean:{pairs / 'clean'}"]
+    arguments += ["--degradations", "noise; rain + jpeg: quality 10", "--objective", "pixel:loss=L1,fft=0.5"]
+    arguments += [
+        "--objective",
+        "tur@0.5",
+        "--crop",
+        "32",
+        "--batch",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert cli_finetune.main([*arguments, "--steps", "2"]) == 0
+    assert cli_finetune.main([*arguments, "--steps", "3"]) == 0
+    history = json.loads(models.load(tmp_path / "run" / finetune.WEIGHTS).metadata["training"])
+    assert history["steps"] == 3 and history["data"]["mixture"][0]["weight"] == 2
+    assert [p["weight"] for p in history["objective"]["parts"]] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "function, specs",
+    [
+        (cli_finetune.objective, ["none"]),
+        (cli_finetune.objective, ["pixel:size=3"]),
+        (cli_finetune.objective, ["pixel:fft=much"]),
+        (cli_finetune.objective, ["da-rcot:paired=perhaps"]),
+        (lambda specs: cli_finetune.dataset(specs, "noise", 0.1), ["folder"]),
+    ],
+)
+def test_arguments_that_cannot_be_read_are_refused(function, specs):
+    with pytest.raises(InputError):
+        function(specs)
+
+
+# A real ComfyUI -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.comfyui
+def test_another_workflow_runs_right_after_training(tmp_path):
+    root = find_comfyui()
+    if root is None:
+        pytest.skip("no ComfyUI found: set COMFYUI_PATH or install one at ~/comfy/ComfyUI")
+    python = find_python(root)
+    if subprocess.run([python, "-c", "import torch, torchvision, torchaudio, aiohttp"], capture_output=True).returncode:
+        pytest.skip(f"{python} lacks ComfyUI's packages: set MEND_COMFYUI_PYTHON")
+    flows = {
+        n: json.loads((host.PACK / "workflows/api" / f"{n}.json").read_text())
+        for n in ("fine_tune_own_photos", "restore_photo")
+    }
+    flows["fine_tune_own_photos"]["6"]["inputs"]["steps"] = 3
+    job = {"workflows": flows, "prompts": {}, "input": str(folders.SHIPPED_INPUTS), "output": str(tmp_path / "output")}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    script = Path(__file__).parent / "in_comfyui.py"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"COMFYUI_PATH": str(root)}
+    done = subprocess.run(
+        [python, str(script), str(tmp_path / "job.json"), str(tmp_path / "result.json")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    answers = json.loads((tmp_path / "result.json").read_text())["workflows"]
+    assert all(a["complete"] and a["log"] == [] for a in answers.values()), answers
+    (saved,) = (tmp_path / "output" / "restoration").glob("*.safetensors")
+    assert models.load(saved).architecture.id == "moce-ir"
+    assert any("->" in text for texts in answers["fine_tune_own_photos"]["texts"].values() for text in texts)

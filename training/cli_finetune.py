@@ -177,3 +177,7 @@ def _stop_request() -> Iterator[Callable[[], bool]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `mend train finetune`; returns the exit status."""
     return run(parse(arguments))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import certificate
 from .loaded import LoadedRestorer
 
 
@@ -24,6 +25,7 @@ def restorer_text(loaded: LoadedRestorer) -> str:
         f"size: {restorer.parameters:,} parameters, {loaded.size / 1e6:.1f} MB in memory",
         f"scale x{restorer.scale}, pads to multiples of {restorer.multiple_of}",
         f"reach: {reach}",
+        f"parity: {certificate.summary(architecture.id)}",
         "settings: " + ", ".join(f"{k} {_short(v)}" for k, v in config.items()),
     ]
     if loaded.options:

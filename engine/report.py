@@ -15,6 +15,7 @@ from PIL import Image
 from ..errors import InputError, MissingDependency
 from ..models.moce_ir import Routing
 from .pictures import difference_map, from_pil, heat_map, labelled, to_pil
+from .quality import offline
 
 
 def match_size(image: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -98,7 +99,8 @@ def _lpips(net: str) -> Any:
         raise MissingDependency("LPIPS needs the package lpips (pip install lpips) and its weights")
     import lpips
 
-    return lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
+    with offline("LPIPS"):
+        return lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
 
 
 def lpips_distance(image: torch.Tensor, reference: torch.Tensor, net: str = "alex") -> list[float]:

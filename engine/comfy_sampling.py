@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ..errors import MissingDependency
-from ..guidance import cm4ir
-from ..guidance.measurement import Measurement, draw
+from ..guidance import cm4ir, parametrisation, rdmd
+from ..guidance.measurement import Measurement
 from ..guidance.priors import Prior
 from . import host, zero_shot
 
@@ -25,20 +25,37 @@ def need_comfyui(what: str) -> None:
         raise MissingDependency(f"{what} needs ComfyUI: run the workflow there, or with --engine comfyui")
 
 
-def denoiser(model: Callable[..., torch.Tensor], sampling: Any, extra: dict[str, Any], clamp: bool) -> Prior:
-    """ComfyUI's `model(x, sigma)` as a prior in the variance-exploding view.
-
-    A told noise level other than the true one is passed on to both scalings and time: what a MODEL can be told.
-    """
+def _is_flow(base: Any) -> bool:
+    """True for rectified-flow models, whose states are (1 - s) x0 + s n."""
     import comfy.model_sampling
 
-    flow = isinstance(sampling, comfy.model_sampling.CONST)
+    return isinstance(base.model_sampling, comfy.model_sampling.CONST)
+
+
+def denoiser(model: Callable[..., torch.Tensor], base: Any, extra: dict[str, Any], clamp: bool) -> Prior:
+    """ComfyUI's `model(x, sigma)` as a prior in the variance-exploding view; `base` is the BaseModel behind it.
+
+    A told noise level other than the true one reaches the network's time alone: the estimate is an affine map of what the
+    network put out, which is undone for the told level and done again for the true one. Of a flow model state and time
+    cannot be told apart; it is given the state that belongs to the told level's time.
+    """
+    flow = _is_flow(base)
+
+    def affine(sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Input scaling, c_skip and c_out at sigma [B], each [B, 1, 1, 1]."""
+        one = sigma.new_ones(len(sigma), 1, 1, 1)
+        sampling = base.model_sampling
+        skip, out = sampling.calculate_denoised(sigma, 0 * one, one), sampling.calculate_denoised(sigma, one, 0 * one)
+        return sampling.calculate_input(sigma, one), skip, out
 
     def network(x: torch.Tensor, sigma: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
-        if not flow:
-            return model(x, told.to(x), **extra)
-        level = sigma.to(x).reshape(-1, 1, 1, 1)
-        return model(x / (1 + level), (told / (1 + told)).to(x), **extra)
+        if flow:
+            return model(x / (1 + sigma.to(x).reshape(-1, 1, 1, 1)), (told / (1 + told)).to(x), **extra)
+        if torch.equal(sigma, told):
+            return model(x, sigma.to(x), **extra)
+        (scale, skip, out), (scale_told, skip_told, out_told) = affine(sigma.to(x)), affine(told.to(x))
+        seen = x * scale / scale_told
+        return skip * x + out * (model(seen, told.to(x), **extra) - skip_told * seen) / out_told
 
     return Prior(network, clamp=clamp, name="MODEL")
 
@@ -56,7 +73,7 @@ def _space(prior: Prior, vae: Any, device: torch.device, model: Any) -> zero_sho
         pictures = vae.decode(model.process_latent_out(state))
         return (pictures.movedim(-1, 1).float() * 2 - 1).to(device)
 
-    return zero_shot.Session(prior, device, encode, decode)
+    return zero_shot.Session(prior, device, encode, decode, model.process_latent_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +96,7 @@ class ModelPrior:
             """Runs `body` where ComfyUI has the model loaded and its conditions prepared."""
 
             def sample(self, wrap: Any, sigmas: Any, extra_args: dict, callback: Any, noise: torch.Tensor, *rest: Any):
-                prior = denoiser(wrap, wrap.inner_model.model_sampling, extra_args, outer.vae is None)
+                prior = denoiser(wrap, wrap.inner_model, extra_args, outer.vae is None)
                 results.append(body(_space(prior, outer.vae, noise.device, wrap.inner_model)))
                 return noise
 
@@ -110,6 +127,8 @@ def as_model(prior: zero_shot.NetworkPrior) -> Any:
 
     class Pixels(comfy.latent_formats.LatentFormat):
         latent_channels = 3
+        # For ComfyUI's previews: a state's channels are red, green and blue already.
+        latent_rgb_factors = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 
     class Config(comfy.supported_models_base.BASE):
         unet_config = {}
@@ -124,7 +143,7 @@ def as_model(prior: zero_shot.NetworkPrior) -> Any:
         """Evaluates the prior itself, so that scalings and time inputs are exactly those of the published code."""
 
         def apply_model(self, x: torch.Tensor, t: torch.Tensor, *rest: Any, **ignored: Any) -> torch.Tensor:
-            return prior.prior(self.diffusion_model, x.device)(x.float(), t.float()).to(x)
+            return prior.prior(self.diffusion_model, x.device).unclamped()(x.float(), t.float()).to(x)
 
         def memory_required(self, input_shape: Any, *rest: Any, **ignored: Any) -> int:
             per_pixel = prior.loaded.restorer.architecture.bytes_per_pixel(prior.loaded.restorer.config)
@@ -134,58 +153,117 @@ def as_model(prior: zero_shot.NetworkPrior) -> Any:
     config.unet_config = {"disable_unet_model_creation": True}
     kind = comfy.model_base.ModelType.EPS if prior.kind == "epsilon" else comfy.model_base.ModelType.EDM
     model = PixelModel(config, kind)
+    if prior.kind == "consistency":
+
+        class Boundary(type(model.model_sampling)):
+            """The scalings that hold x0(x, 0.002) = x."""
+
+            def calculate_denoised(self, sigma: torch.Tensor, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+                return parametrisation.consistency_denoised(x, sigma, output)
+
+        model.model_sampling = Boundary(config)
     model.diffusion_model = prior.loaded.restorer.module
     model.diffusion_model.dtype = torch.float32
     management = comfy.model_management
     return comfy.model_patcher.ModelPatcher(model, management.get_torch_device(), management.unet_offload_device())
 
 
-def sampler(measurement: Measurement, settings: zero_shot.Cm4ir, vae: Any = None) -> Any:
-    """CM4IR as a SAMPLER for SamplerCustomAdvanced: start it from the clean latent of Start From Measurement."""
+@dataclass(frozen=True, eq=False)
+class _Borrowed:
+    """What a scheme needs of ComfyUI inside a SAMPLER, all in the variance-exploding view."""
+
+    session: zero_shot.Session
+    levels: torch.Tensor
+    start: torch.Tensor
+    """The clean state that the sampler was given."""
+    noise: torch.Tensor
+    seed: int
+    flow: bool
+    tell: Callable[[int, torch.Tensor, torch.Tensor], None]
+    """Step, state and estimate: ComfyUI shows progress and preview, and stops here when cancelled."""
+
+
+def _ksampler(scheme: Callable[[_Borrowed], torch.Tensor], vae: Any) -> Any:
+    """A SAMPLER that runs `scheme`. Its result is a clean state, whatever the last noise level."""
     import comfy.samplers
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        base = model.inner_model.inner_model
-        flow = isinstance(base.model_sampling, comfy.model_sampling.CONST)
-        levels = zero_shot.levels(sigmas)
-        if flow:
-            x = x / (1 - float(levels[0]))
-            levels = levels / (1 - levels)
-        prior = denoiser(model, base.model_sampling, extra_args or {}, vae is None)
-        session = _space(prior, vae, x.device, base)
-        seen = measurement.to(x.device)
-        seed = int((extra_args or {}).get("seed") or 0)
+        extra, base = extra_args or {}, model.inner_model.inner_model
+        levels, flow = zero_shot.levels(sigmas), _is_flow(base)
+        if flow:  # pure noise has no picture in it to start from
+            levels = (levels / (1 - levels.clamp(max=0.999))).clamp(max=999.0)
 
-        def tell(step: cm4ir.Step) -> None:
+        def tell(index: int, state: torch.Tensor, estimate: torch.Tensor) -> None:
             if callback is not None:
-                level = sigmas[step.index]
-                callback({"x": step.x, "i": step.index, "sigma": level, "sigma_hat": level, "denoised": step.x0})
+                level = sigmas[index]
+                callback({"x": state, "i": index, "sigma": level, "sigma_hat": level, "denoised": estimate})
 
-        return cm4ir.sample(
-            session.prior,
-            session.operator(seen.operator),
-            seen.y,
-            x,
-            levels,
-            [draw(x.shape, seed, k, x.device) for k in range(1, len(levels))],
-            deltas=settings.deltas if len(settings.deltas) == len(levels) else (),
-            mu=settings.mu,
-            callback=tell,
-            **replace(settings, delta_in_scalings=True).options(seen),
-        )
+        session = _space(denoiser(model, base, extra, vae is None), vae, x.device, base)
+        # Built from the noise itself: ComfyUI's x differs at a model's highest level, and hides it for flow models.
+        given = _Borrowed(session, levels, model.latent_image, model.noise, int(extra.get("seed") or 0), flow, tell)
+        result = scheme(given)
+        last = float(sigmas[-1])
+        return result * (1 - last) if flow and last > 0 else result
 
     return comfy.samplers.KSAMPLER(sample)
 
 
+def sampler(measurement: Measurement, settings: zero_shot.Cm4ir, vae: Any = None) -> Any:
+    """CM4IR as a SAMPLER for SamplerCustomAdvanced: start it from the clean latent of Start From Measurement."""
+
+    def scheme(given: _Borrowed) -> torch.Tensor:
+        return zero_shot.run_cm4ir(
+            given.session,
+            measurement,
+            given.levels,
+            given.start + float(given.levels[0]) * given.noise,
+            given.seed,
+            replace(settings, delta_in_scalings=settings.delta_in_scalings or given.flow),
+            lambda step: given.tell(step.index, step.x, step.x0),
+        )
+
+    return _ksampler(scheme, vae)
+
+
+def rdmd_sampler(measurement: Measurement, settings: zero_shot.Rdmd, vae: Any = None) -> Any:
+    """RDMD as a SAMPLER: its start is made from the measurement, of the latent it is given only the size counts."""
+
+    def scheme(given: _Borrowed) -> torch.Tensor:
+        u, x = zero_shot.rdmd_start(given.session, measurement, float(given.levels[0]), 0, given.noise)
+        states = [x]
+
+        def tell(step: rdmd.Step) -> None:
+            given.tell(step.index, states.pop(), step.u)
+            states.append(step.x_next)
+
+        return zero_shot.run_rdmd(given.session, measurement, u, x, given.seed, settings, given.levels, tell)
+
+    return _ksampler(scheme, vae)
+
+
 def guider(
-    model: Any, measurement: Measurement, positive: Any, negative: Any, cfg: float, zeta: float, mu: float, vae: Any
+    model: Any,
+    measurement: Measurement,
+    positive: Any,
+    negative: Any,
+    cfg: float,
+    zeta: float,
+    mu: float,
+    vae: Any,
+    between: tuple[float, float] = (0.0, 1.0),
 ) -> Any:
-    """A GUIDER that moves every estimate onto the measurement, for any sampler."""
+    """A GUIDER that moves estimates onto the measurement, for any sampler.
+
+    between: from which to which share of the sampling (0: the highest noise level, 1: none) it does so.
+    """
     import comfy.samplers
 
     class MeasurementGuider(comfy.samplers.CFGGuider):
         def predict_noise(self, x, timestep, model_options=None, seed=None):
             x0 = super().predict_noise(x, timestep, model_options or {}, seed)
+            highest, lowest = (self.inner_model.model_sampling.percent_to_sigma(share) for share in between)
+            if not lowest <= float(timestep.max()) <= highest:
+                return x0
             session = _space(None, vae, x0.device, self.inner_model)
             seen = measurement.to(x0.device)
             moved = cm4ir.back_project(session.operator(seen.operator), x0.float(), seen.y, zeta, seen.noise, mu)

@@ -36,12 +36,16 @@ def _same(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Session:
-    """A prior that is ready to run: `encode` and `decode` lead from pixels in -1..1 to its space and back."""
+    """A prior that is ready to run: `encode` and `decode` lead from pixels in -1..1 to its space and back.
+
+    `as_latent` brings a clean state to the scale of ComfyUI's LATENT, from which samplers and VAEs start.
+    """
 
     prior: priors.Prior
     device: torch.device
     encode: Callable[[torch.Tensor], torch.Tensor] = _same
     decode: Callable[[torch.Tensor], torch.Tensor] = _same
+    as_latent: Callable[[torch.Tensor], torch.Tensor] = _same
 
     def operator(self, operator: Operator) -> Operator:
         """`operator` on states of this prior."""
@@ -223,12 +227,23 @@ def cm4ir_start(session: Session, measurement: Measurement, sigma: float, seed: 
 
 
 def run_cm4ir(
-    session: Session, measurement: Measurement, sigmas: torch.Tensor, x: torch.Tensor, seed: int, settings: Cm4ir
+    session: Session,
+    measurement: Measurement,
+    sigmas: torch.Tensor,
+    x: torch.Tensor,
+    seed: int,
+    settings: Cm4ir,
+    tell: Callable[[cm4ir.Step], None] | None = None,
 ) -> torch.Tensor:
-    """CM4IR from the state x over all noise levels; returns the last state."""
+    """CM4IR from the state x over all noise levels; returns the last state. `tell`: in place of the host's progress."""
     measurement = measurement.to(session.device)
     count = len(sigmas)
-    progress = host.progress(count)
+    if tell is None:
+        progress = host.progress(count)
+
+        def tell(step: cm4ir.Step) -> None:
+            progress.update(1, lambda: preview(session, step.x0))
+
     return cm4ir.sample(
         session.prior,
         session.operator(measurement.operator),
@@ -238,7 +253,7 @@ def run_cm4ir(
         [draw(x.shape, seed, k, x.device) for k in range(1, count)],
         deltas=settings.deltas if len(settings.deltas) == count else (),
         mu=settings.mu,
-        callback=lambda step: progress.update(1, lambda: preview(session, step.x0)),
+        callback=tell,
         **settings.options(measurement),
     )
 
@@ -257,9 +272,10 @@ class Rdmd:
     """None: as published, 0 for super-resolution and 0.3 elsewhere."""
     output: str = AUTOMATIC
 
-    def schedule(self, measurement: Measurement) -> schedules.RdmdSchedule:
+    def schedule(self, measurement: Measurement, sigmas: torch.Tensor | None = None) -> schedules.RdmdSchedule:
+        """`sigmas`: noise levels in place of the published ones for `iterations`."""
         factor = max(1, round(measurement.size[0] / measurement.y.shape[-2])) if upscales(measurement) else 1
-        return schedules.rdmd_schedule(self.iterations, measurement.noise, self.weight, self.tau, factor)
+        return schedules.rdmd_schedule(self.iterations, measurement.noise, self.weight, self.tau, factor, sigmas)
 
     def fresh(self, measurement: Measurement) -> float:
         """The share of fresh noise per step."""
@@ -278,19 +294,23 @@ def upscales(measurement: Measurement) -> bool:
 
 
 def rdmd_start(
-    session: Session, measurement: Measurement, sigma: float, seed: int
+    session: Session, measurement: Measurement, sigma: float, seed: int, noise: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(u, x): the first estimate and the noisy state that RDMD begins with."""
+    """(u, x): the first estimate and the noisy state that RDMD begins with. `noise`: in place of what `seed` draws."""
     measurement = measurement.to(session.device)
     kind, y = task(measurement.operator), measurement.y
+
+    def drawn(u: torch.Tensor) -> torch.Tensor:
+        return draw(u.shape, seed, 0, u.device) if noise is None else noise
+
     if kind == "super-resolution":
         u = session.encode(F.interpolate(y, size=measurement.size, mode="bicubic", align_corners=False))
     elif kind == "deblurring":
         u = session.encode(y)
-        return rdmd.start_from_noisy(u, measurement.noise, sigma, draw(u.shape, seed, 0, u.device))
+        return rdmd.start_from_noisy(u, measurement.noise, sigma, drawn(u))
     else:
         u = session.encode(cm4ir.start(measurement.operator, y))
-    return u, u + sigma * draw(u.shape, seed, 0, u.device)
+    return u, u + sigma * drawn(u)
 
 
 def rdmd_draw(shape: torch.Size, seed: int, device: torch.device) -> Callable[[int, str], torch.Tensor]:
@@ -299,21 +319,37 @@ def rdmd_draw(shape: torch.Size, seed: int, device: torch.device) -> Callable[[i
 
 
 def run_rdmd(
-    session: Session, measurement: Measurement, u: torch.Tensor, x: torch.Tensor, seed: int, settings: Rdmd
+    session: Session,
+    measurement: Measurement,
+    u: torch.Tensor,
+    x: torch.Tensor,
+    seed: int,
+    settings: Rdmd,
+    sigmas: torch.Tensor | None = None,
+    tell: Callable[[rdmd.Step], None] | None = None,
 ) -> torch.Tensor:
-    """RDMD from estimate u and state x; returns what `settings.output` names."""
+    """RDMD from estimate u and state x; returns what `settings.output` names.
+
+    sigmas: noise levels of the state in place of the published ones. tell: in place of the host's progress.
+    """
     measurement = measurement.to(session.device)
-    progress = host.progress(settings.iterations)
+    schedule = settings.schedule(measurement, sigmas)
+    if tell is None:
+        progress = host.progress(len(schedule.sigmas))
+
+        def tell(step: rdmd.Step) -> None:
+            progress.update(1, lambda: preview(session, step.u))
+
     estimate, denoised = rdmd.sample(
         session.prior,
         session.operator(measurement.operator),
         measurement.y,
         u,
         x,
-        settings.schedule(measurement),
+        schedule,
         rdmd_draw(u.shape, seed, u.device),
         zeta=settings.fresh(measurement),
-        callback=lambda step: progress.update(1, lambda: preview(session, step.u)),
+        callback=tell,
     )
     return settings.chosen(measurement, estimate, denoised)
 

@@ -158,6 +158,14 @@ class Preset:
     delta_in_scalings: bool = False
 
 
+# For networks that predict the mean, such as Mend's starter prior: found on photographs that it was trained on.
+EDM_PRESETS: dict[str, dict[float, Preset]] = {
+    "super-resolution (EDM)": {0.05: Preset(250, 0.2, 1)},
+    "deblurring (EDM)": {0.05: Preset(150, 0.05, 1)},
+    "inpainting (EDM)": {0.0: Preset(150, 0.2)},
+    "other (EDM)": {0.05: Preset(150, 0.2, 1)},
+}
+
 # Section 4 of the released evaluation script, by task and noise level on the 0..1 scale.
 PRESETS: dict[str, dict[float, Preset]] = {
     "super-resolution x4 (bedroom)": {
@@ -187,6 +195,7 @@ PRESETS: dict[str, dict[float, Preset]] = {
         0.025: Preset(150, 0.2, 0, (0, 0, 1.0, 1.0), True),
         0.05: Preset(150, 0.2, 0, (0, 0, 1.0, 1.0), True),
     },
+    **EDM_PRESETS,
 }
 
 

@@ -76,25 +76,31 @@ def quadratic_timesteps(iterations: int) -> torch.Tensor:
 
 
 def rdmd_schedule(
-    iterations: int = 100, noise_level: float = 0.05, weight: float = 20.0, tau: float = 0.5, factor: int = 1
+    iterations: int = 100,
+    noise_level: float = 0.05,
+    weight: float = 20.0,
+    tau: float = 0.5,
+    factor: int = 1,
+    sigmas: torch.Tensor | None = None,
 ) -> RdmdSchedule:
     """RDMD's schedule. noise_level is on the 0..1 scale; `weight` is lambda; tau 0 deterministic, 1 generative.
 
     factor: of super-resolution, 1 otherwise: where the regulariser's level ends, in 8-bit steps.
+    sigmas: the levels of the diffusion state, falling, in place of the published ones for `iterations`.
     """
-    timesteps = quadratic_timesteps(iterations)
-    sigmas = vp_sigmas()[timesteps]
+    timesteps = quadratic_timesteps(iterations) if sigmas is None else nearest_timestep(sigmas.double().cpu())
+    levels_of_state = vp_sigmas()[timesteps] if sigmas is None else sigmas.double().cpu()
     floor = max(0.001, noise_level)
     last = max(float(factor), 255 * noise_level)
-    levels = torch.logspace(math.log10(49), math.log10(last), iterations, dtype=torch.float64) / 255
+    levels = torch.logspace(math.log10(49), math.log10(last), len(timesteps), dtype=torch.float64) / 255
     betas = torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64)[timesteps]
-    following = torch.cat([sigmas[1:], sigmas.new_zeros(1)])
+    following = torch.cat([levels_of_state[1:], levels_of_state.new_zeros(1)])
     return RdmdSchedule(
         timesteps=timesteps,
-        sigmas=sigmas,
+        sigmas=levels_of_state,
         regulariser_levels=levels,
         regulariser_timesteps=nearest_timestep(2 * levels),
-        rhos=weight * tau * floor**2 / sigmas**2,
+        rhos=weight * tau * floor**2 / levels_of_state**2,
         regulariser_weight=weight * (1 - tau) * noise_level**2,
         churn=following * (betas / (1 - vp_alphas()[timesteps])).sqrt(),
     )

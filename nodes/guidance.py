@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..engine import host, loaded, zero_shot
 from ..errors import InputError
 from ..guidance import cm4ir, schedules
@@ -16,8 +14,10 @@ from .zero_shot_inputs import (
     CATEGORY,
     STEPS,
     as_latent,
+    as_sigmas,
     delta_inputs,
     eta_input,
+    flow_input,
     index_input,
     levels_at,
     measurement_input,
@@ -241,14 +241,14 @@ class Cm4irSigmas(io.ComfyNode):
                     tooltip="0 starts with hardly any noise, 998 with nothing else.",
                 ),
                 io.Float.Input("gamma", default=0.2, min=0.0, max=10.0, step=0.01, tooltip="How fast the noise falls."),
+                flow_input(),
             ],
             outputs=[io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="Noise levels and a final 0.")],
         )
 
     @classmethod
-    def execute(cls, steps=4, start=250, gamma=0.2) -> io.NodeOutput:
-        sigmas = schedules.cm4ir_sigmas(steps, start, gamma)
-        return io.NodeOutput(torch.cat([sigmas, sigmas.new_zeros(1)]))
+    def execute(cls, steps=4, start=250, gamma=0.2, flow=False) -> io.NodeOutput:
+        return io.NodeOutput(as_sigmas(schedules.cm4ir_sigmas(steps, start, gamma), flow))
 
 
 class StartFromMeasurement(io.ComfyNode):
@@ -276,7 +276,7 @@ class StartFromMeasurement(io.ComfyNode):
         def body(session):
             clean = zero_shot.cm4ir_start(session, measurement, 0.0, seed, zeta)
             noisy = zero_shot.cm4ir_start(session, measurement, sigma, seed, zeta)
-            return noisy, clean, zero_shot.as_picture(session, clean)
+            return noisy, session.as_latent(clean), zero_shot.as_picture(session, clean)
 
         x, clean, picture = prior.run(zero_shot.picture_size(measurement), body)
         return io.NodeOutput(as_latent(x), as_latent(clean), as_image(picture))

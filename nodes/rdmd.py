@@ -17,6 +17,8 @@ from .zero_shot_inputs import (
     CATEGORY,
     STEPS,
     as_latent,
+    as_sigmas,
+    flow_input,
     index_input,
     measurement_input,
     prior_input,
@@ -25,11 +27,8 @@ from .zero_shot_inputs import (
 )
 
 
-def _rdmd_inputs() -> list[io.Input]:
+def rdmd_weights() -> list[io.Input]:
     return [
-        io.Int.Input(
-            "iterations", default=100, min=2, max=1000, tooltip="Of the whole chain; the same in all its steps."
-        ),
         io.Float.Input(
             "tau", default=0.5, min=0.0, max=1.0, step=0.05, tooltip="0 stays faithful and smooth, 1 invents detail."
         ),
@@ -41,6 +40,19 @@ def _rdmd_inputs() -> list[io.Input]:
     ]
 
 
+def renewal_input() -> io.Input:
+    return advanced(
+        io.Float.Input(
+            "renewal",
+            default=-1.0,
+            min=-1.0,
+            max=1.0,
+            step=0.05,
+            tooltip="Share of fresh noise. -1: as published, 0 for super-resolution, 0.3 elsewhere.",
+        )
+    )
+
+
 class RdmdSigmas(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -50,15 +62,15 @@ class RdmdSigmas(io.ComfyNode):
             category=CATEGORY,
             description="RDMD's noise levels: big steps at high noise, small ones at low; and a final 0.",
             inputs=[
-                io.Int.Input("steps", default=100, min=2, max=1000, tooltip="How many iterations; 100 as published.")
+                io.Int.Input("steps", default=100, min=2, max=1000, tooltip="How many iterations; 100 as published."),
+                flow_input(),
             ],
             outputs=[io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="Noise levels and a final 0.")],
         )
 
     @classmethod
-    def execute(cls, steps=100) -> io.NodeOutput:
-        sigmas = schedules.rdmd_schedule(steps).sigmas.float()
-        return io.NodeOutput(torch.cat([sigmas, sigmas.new_zeros(1)]))
+    def execute(cls, steps=100, flow=False) -> io.NodeOutput:
+        return io.NodeOutput(as_sigmas(schedules.rdmd_schedule(steps).sigmas, flow))
 
 
 class RdmdStart(io.ComfyNode):
@@ -99,17 +111,11 @@ class RdmdStep(io.ComfyNode):
                 state_input("x", "The noisy state."),
                 index_input(),
                 seed_input("the fresh noise: the same one for all steps"),
-                *_rdmd_inputs(),
-                advanced(
-                    io.Float.Input(
-                        "renewal",
-                        default=-1.0,
-                        min=-1.0,
-                        max=1.0,
-                        step=0.05,
-                        tooltip="Share of fresh noise. -1: as published, 0 for super-resolution, 0.3 elsewhere.",
-                    )
+                io.Int.Input(
+                    "iterations", default=100, min=2, max=1000, tooltip="Of the whole chain; the same in all its steps."
                 ),
+                *rdmd_weights(),
+                renewal_input(),
             ],
             outputs=[
                 io.Latent.Output("u_next", display_name="u next", tooltip="The estimate after this step."),

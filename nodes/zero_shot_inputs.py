@@ -36,6 +36,24 @@ def sigmas_input() -> io.Input:
     return io.Sigmas.Input("sigmas", tooltip="Noise levels, from CM4IR Sigmas or any scheduler; a final 0 is left out.")
 
 
+def flow_input() -> io.Input:
+    return advanced(
+        io.Boolean.Input(
+            "flow",
+            default=False,
+            optional=True,
+            tooltip="For a SAMPLER on a flow model (SD3, Flux): its noise levels run from 0 to 1.",
+        )
+    )
+
+
+def as_sigmas(levels: torch.Tensor, flow: bool) -> torch.Tensor:
+    """Noise levels of x0 + sigma n as ComfyUI's SIGMAS, ended by 0. flow: of (1 - s) x0 + s n."""
+    levels = levels.float()
+    levels = levels / (1 + levels) if flow else levels
+    return torch.cat([levels, levels.new_zeros(1)])
+
+
 def index_input() -> io.Input:
     return io.Int.Input(
         "index", default=0, min=0, max=9999, tooltip="Which noise level this step works at; the first is 0."

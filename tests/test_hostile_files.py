@@ -568,6 +568,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the module resource")
 def test_memory_stays_bounded_over_all_bombs(tmp_path):
     """All bombs of this file one after another in a fresh process: less than 400 MB above its start."""
     bombs = [zip_with(entry(opcodes), FOUR) for opcodes, _ in TENSOR_BOMBS.values()]

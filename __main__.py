@@ -19,7 +19,7 @@ COMMANDS = {
     "models": ("models.cli:main", "list, inspect, check and convert model files"),
     "encode": ("codec.cli:encode", "compress pictures into bitstreams"),
     "decode": ("codec.cli:decode", "decompress bitstreams, restoring while decoding"),
-    "batch": ("engine.cli_batch:main", "restore a folder or a video chunk by chunk"),
+    "batch": ("nodes.cli_batch:main", "run a workflow for every picture of a folder, here or on a cluster"),
     "train": ("training.cli:main", "train a network"),
     "bench": ("bench.cli:main", "measure speed and memory"),
 }

@@ -119,6 +119,11 @@ class Runner:
         self.kept.clear()
         self.numbers.clear()
 
+    def forget_shown(self) -> None:
+        """Drops the results of nodes that show or save something: they run again, everything above them is kept."""
+        for signature in [s for s, entry in self.kept.items() if entry.ui]:
+            del self.kept[signature]
+
     def run(self, prompt: Prompt, extra_pnginfo: Mapping[str, Any] | None = None) -> Result:
         """Checks the whole workflow, then runs every output node that passed.
 

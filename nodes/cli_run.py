@@ -88,7 +88,7 @@ def assign(prompt: Prompt, assignments: Sequence[str]) -> None:
         node_name, dot, input_name = target.rpartition(".")
         if not equals or not dot:
             raise WorkflowError(f"--set {assignment!r}: write it as NODE.INPUT=VALUE")
-        node = prompt[_find_node(prompt, node_name)]
+        node = prompt[find_node(prompt, node_name)]
         if input_name not in node["inputs"]:
             known = ", ".join(node["inputs"])
             raise WorkflowError(f"--set {assignment!r}: {node['class_type']} has the inputs {known}")
@@ -99,7 +99,8 @@ def assign(prompt: Prompt, assignments: Sequence[str]) -> None:
         node["inputs"][input_name] = {"__value__": value} if isinstance(value, list) else value
 
 
-def _find_node(prompt: Prompt, name: str) -> str:
+def find_node(prompt: Prompt, name: str, option: str = "--set") -> str:
+    """The id of a node named by its id, or by a title or type that occurs once. Raises WorkflowError."""
     if name in prompt:
         return name
     for found in (
@@ -109,9 +110,9 @@ def _find_node(prompt: Prompt, name: str) -> str:
         if len(found) == 1:
             return found[0]
         if found:
-            raise WorkflowError(f"--set: {len(found)} nodes are called {name!r}; use an id: {', '.join(found)}")
+            raise WorkflowError(f"{option}: {len(found)} nodes are called {name!r}; use an id: {', '.join(found)}")
     known = ", ".join(f"{i} {node['class_type']}" for i, node in prompt.items())
-    raise WorkflowError(f"--set: there is no node {name!r}; the workflow has {known}")
+    raise WorkflowError(f"{option}: there is no node {name!r}; the workflow has {known}")
 
 
 class _Bar:

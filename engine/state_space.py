@@ -7,7 +7,9 @@ import colorsys
 import torch
 import torch.nn.functional as F
 
+from .. import kernels
 from ..errors import InputError
+from ..models.layers.state_space import StateSpace
 from ..models.mair import MaIR, MaIRUNet
 from ..models.mambairv2 import Choose, MambaIRv2, RouteMode
 from . import host, tiling
@@ -19,6 +21,23 @@ def with_scan_len(loaded: LoadedRestorer, scan_len: int) -> LoadedRestorer:
     if not isinstance(loaded.restorer.module, (MaIR, MaIRUNet)):
         raise InputError(f"restorer: {loaded.restorer.architecture.title} has no scan length; load a MaIR network")
     return loaded.with_options(scan_len=scan_len)
+
+
+def with_scan_backend(loaded: LoadedRestorer, backend: str) -> tuple[LoadedRestorer, str]:
+    """A network whose scans compute on one backend ("auto": the fastest there is), and what backends there are.
+
+    Raises InputError for a network without scans, or if that backend cannot run on the host's device.
+    """
+    if not any(isinstance(module, StateSpace) for module in loaded.restorer.module.modules()):
+        raise InputError(
+            f"restorer: {loaded.restorer.architecture.title} scans nothing; load a MaIR, MambaIR or MambaIRv2 network"
+        )
+    found = {status.name: status for status in kernels.backends(host.device())}
+    if backend != "auto" and not found[backend].available:
+        raise InputError(f"backend: {backend} cannot run here ({found[backend].reason}); choose auto or another one")
+    lines = [f"on {host.device()}, set to {backend}:"]
+    lines += [f"{s.name:<9}  {'available' if s.available else 'not available'}: {s.reason}" for s in found.values()]
+    return loaded.with_options(scan_backend=backend), "\n".join(lines)
 
 
 class _CancellableRouteMode(RouteMode):

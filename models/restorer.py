@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..kernels import use_backend
 from .layers.padding import crop, pad_to_multiple
 from .registry import Architecture
 
@@ -61,9 +63,10 @@ class Restorer:
         padded, _ = pad_to_multiple(image, self.multiple_of, self.minimum_size)
         return self.architecture.context(self.module, padded)
 
-    def __call__(self, image: torch.Tensor, **context: Any) -> torch.Tensor:
+    def __call__(self, image: torch.Tensor, *, scan_backend: str = "", **context: Any) -> torch.Tensor:
         """Restores `image` [B, C, H, W] in 0..1 whole, of any size; returns [B, C, scale * H, scale * W].
 
+        scan_backend: how state-space operators compute meanwhile (`kernels.use_backend`); "" leaves that as it is.
         Not clamped. Pictures too large for this go through `engine.tiling`. Raises InputError for a wrong shape.
         """
         if self.architecture.kind != "restorer":
@@ -73,4 +76,5 @@ class Restorer:
         if min(image.shape) == 0:
             raise InputError(f"image: empty, {tuple(image.shape)}")
         padded, size = pad_to_multiple(image, self.multiple_of, self.minimum_size)
-        return crop(self.architecture.restore(self.module, padded, **context), size, self.scale)
+        with use_backend(scan_backend) if scan_backend else nullcontext():
+            return crop(self.architecture.restore(self.module, padded, **context), size, self.scale)

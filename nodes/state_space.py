@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import kernels
 from ..engine import official_tiling, state_space
 from ..errors import InputError
 from ..models.mambairv2 import ROUTE_MODES
@@ -11,6 +12,7 @@ from .images import as_image, channels_first
 from .inputs import Precision, one_of, precision_input
 
 MODES = list(ROUTE_MODES)
+BACKENDS = ["auto", *kernels.NAMES]
 
 
 class ScanPath(io.ComfyNode):
@@ -137,6 +139,44 @@ class RouteMap(io.ComfyNode):
         return io.NodeOutput(as_image(state_space.class_map(routes[layer], pictures, opacity)), text)
 
 
+class ScanBackend(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendScanBackend",
+            display_name="Scan Backend",
+            category="Mend/state space",
+            description="Which of its implementations computes the scans of MaIR, MambaIR and MambaIRv2, and which there "
+            "are on this machine. Without this node the fastest is taken: it is for comparing, and for working around a "
+            "driver that makes trouble.",
+            inputs=[
+                sockets.Restorer.Input("restorer", tooltip="A MaIR, MambaIR or MambaIRv2 network."),
+                io.Combo.Input(
+                    "backend",
+                    options=BACKENDS,
+                    default="auto",
+                    tooltip="auto: the fastest there is. cuda: compiled for your NVIDIA GPU at first use. jit: compiled for "
+                    "the CPU by Numba. torch: plain PyTorch, on every device. reference: a plain loop, very slow. All "
+                    "give the same picture up to rounding.",
+                ),
+            ],
+            outputs=[
+                sockets.Restorer.Output(
+                    "changed", display_name="restorer", tooltip="The same network with this choice; weights are shared."
+                ),
+                io.String.Output("text", display_name="text", tooltip="The backends, and why some are not available."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, backend: str) -> bool | str:
+        return one_of("backend", backend, BACKENDS)
+
+    @classmethod
+    def execute(cls, restorer, backend="auto") -> io.NodeOutput:
+        return io.NodeOutput(*state_space.with_scan_backend(restorer, backend))
+
+
 class OfficialTiling(Precision, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -170,4 +210,4 @@ class OfficialTiling(Precision, io.ComfyNode):
         return io.NodeOutput(as_image(restored))
 
 
-NODES = [ScanPath, RouteMode, RouteMap, OfficialTiling]
+NODES = [ScanPath, RouteMode, RouteMap, ScanBackend, OfficialTiling]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from support import local_restorer
 
-from comfyui_mend import models
+from comfyui_mend import kernels, models
 from comfyui_mend.engine import loaded, official_tiling, state_space, tiling
 from comfyui_mend.errors import Cancelled, InputError
-from comfyui_mend.nodes.state_space import OfficialTiling, RouteMap, RouteMode, ScanPath
+from comfyui_mend.nodes.state_space import OfficialTiling, RouteMap, RouteMode, ScanBackend, ScanPath
 
 MAIR = {"embed_dim": 8, "depths": (2,), "d_state": 2, "ssm_ratio": 1.5, "mlp_ratio": 1.0, "scan_len": 4, "upscale": 2}
 V2 = {
@@ -72,6 +72,28 @@ def test_options_travel_with_the_wire_and_leave_the_network_alone() -> None:
     drawn = RouteMode.execute(v2, mode="sample", seed=3).result[0]
     assert torch.equal(tiling.restore(drawn, picture), tiling.restore(drawn, picture))
     assert (tiling.restore(drawn, picture) - tiling.restore(v2, picture)).abs().max() > 1e-6
+
+
+def test_the_scan_backend_travels_with_the_wire_and_gives_the_same_picture() -> None:
+    picture, mair = torch.rand(1, 3, 16, 16), network("mair", MAIR)
+    changed, text = ScanBackend.execute(mair, backend="reference").result
+    used = []
+
+    def asked(*arguments):
+        used.append(kernels.backend.requested())
+
+    hook = mair.restorer.module.register_forward_pre_hook(asked)
+    slow, fast = tiling.restore(changed, picture), tiling.restore(mair, picture)
+    hook.remove()
+    assert used == ["reference", "auto"] and torch.allclose(slow, fast, atol=1e-5)
+    assert "cuda       not available" in text and "torch      available" in text and "set to reference" in text
+
+
+def test_a_scan_backend_that_cannot_run_is_refused_with_its_reason(monkeypatch) -> None:
+    with pytest.raises(InputError, match="cuda cannot run here"):
+        state_space.with_scan_backend(network("mair", MAIR), "cuda")
+    with pytest.raises(InputError, match="load a MaIR, MambaIR or MambaIRv2"):
+        state_space.with_scan_backend(local_restorer(), "torch")
 
 
 def test_other_networks_are_refused_with_a_hint() -> None:

@@ -113,7 +113,7 @@ def warp(image: torch.Tensor, matrix: torch.Tensor, size: tuple[int, int], mode:
     # Pixels to the -1..1 between the outer edges of the image, which is what align_corners=False means.
     matrix = compose(stretch(2 / image.shape[-1], 2 / image.shape[-2], -1, -1), matrix)
     across, down, shift = matrix[:, 0], matrix[:, 1], matrix[:, 2]
-    grid = (x[None, :, None] * across + y[:, None, None] * down + shift).to(image.device, torch.float32)
+    grid = (x[None, :, None] * across + y[:, None, None] * down + shift).float().to(image.device)
     drawn = F.grid_sample(
         image, grid.expand(len(image), -1, -1, -1), mode=mode, padding_mode="reflection", align_corners=False
     )

@@ -190,7 +190,7 @@ def encode(vae: Any, faces: torch.Tensor, seed: int | None = None) -> torch.Tens
         noise = torch.randn(mean.shape, generator=generator).to(mean)
         latents.append(latent_diffusion.posterior_sample(mean, log_variance, noise))
         progress.update()
-    return torch.cat(latents)
+    return torch.cat(latents).contiguous()
 
 
 def sigmas(timestep: int = latent_diffusion.OSDFACE_TIMESTEP) -> torch.Tensor:
@@ -211,9 +211,8 @@ def sample(model: Any, conditioning: Any, latents: torch.Tensor, timestep: int) 
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": conditioning})
     latents = comfy.sample.fix_empty_latent_channels(model, latents)
-    end = guider.sample(
-        torch.zeros_like(latents), latents, comfy.samplers.sampler_object("euler"), sigmas(timestep), disable_pbar=True
-    )
+    nothing = torch.zeros(latents.shape)  # laid out as Disable Noise does it: the layout decides how sums are rounded
+    end = guider.sample(nothing, latents, comfy.samplers.sampler_object("euler"), sigmas(timestep), disable_pbar=True)
     return end.to(host.intermediate_device())
 
 

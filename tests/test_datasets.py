@@ -151,7 +151,7 @@ def test_a_mixture_draws_by_weight_and_keeps_labels():
     noisy = datasets.images(torch.rand(2, 3, 24, 24), tasks=tasks_from_text("noise"))
     mixture = Mixture(((dark, 1.0), (noisy, 3.0)))
     drawn = [mixture.sample(8, torch.Generator().manual_seed(s)).label for s in range(80)]
-    assert mixture.labels == ("dark", "noise") and mixture.has_pairs and 45 <= drawn.count("noise") <= 75
+    assert mixture.labels == ("dark", "noise") and 45 <= drawn.count("noise") <= 75
     assert {s.label for s in mixture.held_out(16, 1)} == {"dark", "noise"}
     assert "weight 3" in datasets.describe(mixture)
     with pytest.raises(InputError):

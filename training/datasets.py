@@ -133,9 +133,6 @@ class Source(Protocol):
     @property
     def labels(self) -> tuple[str, ...]: ...
 
-    @property
-    def has_pairs(self) -> bool: ...
-
     def sample(self, size: int, generator: torch.Generator, scale: int = 1) -> Sample: ...
 
     def held_out(self, size: int, count: int = 3, scale: int = 1) -> list[Sample]: ...
@@ -168,11 +165,6 @@ class Dataset:
         """Everything that may be wrong with its pictures, each once."""
         made = [t.name for t in self.tasks] if any(e.damaged is None for e in self.entries) else []
         return tuple(dict.fromkeys([*made, *(e.label for e in self.entries if e.damaged is not None)]))
-
-    @property
-    def has_pairs(self) -> bool:
-        """Whether some damaged pictures are given, not made."""
-        return any(e.damaged is not None for e in self.entries)
 
     @cached_property
     def _split(self) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
@@ -275,10 +267,6 @@ class Mixture:
     @property
     def labels(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(label for part, weight in self.parts if weight for label in part.labels))
-
-    @property
-    def has_pairs(self) -> bool:
-        return any(part.has_pairs for part, weight in self.parts if weight)
 
     def sample(self, size: int, generator: torch.Generator, scale: int = 1) -> Sample:
         weights = torch.tensor([weight for _, weight in self.parts], dtype=torch.float32)

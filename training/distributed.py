@@ -43,11 +43,16 @@ def wrap(module: nn.Module) -> nn.Module:
     return DistributedDataParallel(module, find_unused_parameters=True) if active() else module
 
 
+def _place() -> torch.device:
+    """Where the processes' backend exchanges tensors."""
+    return torch.device("cpu") if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
+
+
 def mean(values: dict[str, float]) -> dict[str, float]:
     """The average over all processes of numbers that each has; all must have the same names."""
     if not active() or not values:
         return values
-    numbers = torch.tensor(list(values.values()), dtype=torch.float64)
+    numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=_place())
     dist.all_reduce(numbers)
     return dict(zip(values, (numbers / dist.get_world_size()).tolist(), strict=True))
 
@@ -56,7 +61,7 @@ def agree(stop: bool) -> bool:
     """Whether any process wants to stop."""
     if not active():
         return stop
-    wish = torch.tensor([float(stop)])
+    wish = torch.tensor([float(stop)], device=_place())
     dist.all_reduce(wish, op=dist.ReduceOp.MAX)
     return bool(wish)
 

@@ -136,11 +136,11 @@ class FineTuner(Trainer):
         self.network = Network(restorer.architecture, restorer.config, self.module)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
+            self.module.eval()  # what an objective tries out must not move running statistics
             self.method = objective.start(self.network, source.labels, self.size).to(self.device)
+            self.module.train()
             self._random = torch.get_rng_state()  # what networks draw by themselves goes on from here
         self.averaged = Network(restorer.architecture, restorer.config, self.average)
-        if self.method.wants_other and not hasattr(source, "sample"):
-            raise InputError("training: this objective needs clean pictures of its own")
         self.optimizer = self._make_optimizer(objective.optimizer)
         self._forward = distributed.wrap(_Step(self.network, self.method))
         self.samples = source.held_out(max(settings.validation_size, self.size), held_out, restorer.scale)
@@ -152,9 +152,9 @@ class FineTuner(Trainer):
         self.before = self._validate() if distributed.leads() else {}
         self._shown = self._pick(4)
         self._first = [self._restore(s.damaged) for s in self._shown] if distributed.leads() else []
-        folder_note = {"recipe": self.recipe(), "model": restorer.source}
         if distributed.leads():
-            (folder / "run.json").write_text(json.dumps(folder_note, indent=1, default=str))
+            note = {"model": restorer.source, "recipe": self.recipe()}
+            (folder / "run.json").write_text(json.dumps(note, indent=1, default=str))
 
     def _make_optimizer(self, name: str) -> torch.optim.Optimizer:
         own = self.method.groups()

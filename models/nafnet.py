@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
+from .layers.layout import fastest_layout
 from .layers.norm import ChannelLayerNorm
 from .layers.pooling import local_mean
 from .layers.state_dict import count_indices
@@ -127,7 +128,7 @@ class NAFNet(nn.Module):
 
     def encode(self, x: torch.Tensor, local_pooling: int | None = None) -> list[torch.Tensor]:
         """Feature maps of every level, shallow to deep; the last one is the bottleneck."""
-        x, features = self.intro(x), []
+        x, features = self.intro(fastest_layout(x)), []
         for level, (encoder, down) in enumerate(zip(self.encoders, self.downs, strict=True)):
             x = encoder(x, self.window(level, local_pooling))
             features.append(x)

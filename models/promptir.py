@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
+from .layers.layout import fastest_layout
 from .layers.restormer import Downsample, OverlapPatchEmbed, RestormerBlock, Upsample
 from .layers.state_dict import count_indices, expansion_factor
 from .registry import Architecture, State
@@ -114,7 +115,7 @@ class PromptIR(nn.Module):
 
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Feature maps of the four levels, shallow to deep; the last one is the bottleneck."""
-        level1 = self.encoder_level1(self.patch_embed(x))
+        level1 = self.encoder_level1(self.patch_embed(fastest_layout(x)))
         level2 = self.encoder_level2(self.down1_2(level1))
         level3 = self.encoder_level3(self.down2_3(level2))
         return [level1, level2, level3, self.latent(self.down3_4(level3))]

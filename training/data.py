@@ -74,15 +74,19 @@ class PhotoCrops:
 
 @dataclass(frozen=True)
 class Task:
-    """One way to damage a crop, and how often it is drawn. Several chains: one of them is drawn."""
+    """One way to damage a crop, and how often it is drawn. Several chains: one of them is drawn.
+
+    choice: of so many crops the one with most detail is taken; blur and JPEG hardly show on a smooth one.
+    """
 
     name: str
     weight: float
     chains: tuple[tuple[Degradation, ...], ...]
+    choice: int = 1
 
 
-def _single(name: str, weight: float, kind: str, strength: float = 1.0) -> Task:
-    return Task(name, weight, ((Degradation(kind, strength),),))
+def _single(name: str, weight: float, kind: str, strength: float = 1.0, choice: int = 1) -> Task:
+    return Task(name, weight, ((Degradation(kind, strength),),), choice)
 
 
 def _mixture(*kinds: str, strength: float = 0.7) -> tuple[Degradation, ...]:
@@ -93,16 +97,16 @@ STARTER_TASKS = (
     _single("noise", 0.20, "noise"),
     _single("channel-noise", 0.02, "channel-noise"),
     _single("poisson", 0.02, "poisson"),
-    _single("blur", 0.08, "blur"),
-    _single("motion-blur", 0.09, "motion-blur"),
-    _single("defocus", 0.02, "defocus"),
-    _single("downsample", 0.02, "downsample"),
+    _single("blur", 0.08, "blur", choice=3),
+    _single("motion-blur", 0.09, "motion-blur", choice=3),
+    _single("defocus", 0.02, "defocus", choice=3),
+    _single("downsample", 0.02, "downsample", choice=3),
     _single("rain", 0.11, "rain"),
     _single("raindrops", 0.015, "raindrops"),
     _single("snow", 0.09, "snow"),
     _single("haze", 0.20, "haze"),
     _single("low-light", 0.16, "low-light"),
-    _single("jpeg", 0.09, "jpeg"),
+    _single("jpeg", 0.09, "jpeg", choice=3),
     Task("clean", 0.05, ((),)),
     Task(
         "mixture",
@@ -147,6 +151,10 @@ VALIDATION: Mapping[str, tuple[Degradation, ...]] = {
 }
 
 
+def _detail(crop: torch.Tensor) -> float:
+    return float((crop[:, 1:] - crop[:, :-1]).square().mean() + (crop[:, :, 1:] - crop[:, :, :-1]).square().mean())
+
+
 class PairStream:
     """Endless batches of (damaged, clean) pairs, each [B, 3, size, size]; the damaged one as a picture file holds it.
 
@@ -165,7 +173,7 @@ class PairStream:
         for pick in picks:
             task = self.tasks[pick]
             chain = task.chains[int(_uniform(g) * len(task.chains))]
-            crop = self.crops.sample(size, g)
+            crop = max((self.crops.sample(size, g) for _ in range(task.choice)), key=_detail)
             image = crop[None]
             for step in chain:
                 if step.kind == "haze":

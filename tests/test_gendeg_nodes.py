@@ -20,6 +20,7 @@ from comfyui_mend.engine.loaded import wrap
 from comfyui_mend.errors import CheckpointError, InputError, MissingDependency
 from comfyui_mend.guidance import gendeg, synthesis
 from comfyui_mend.nodes import gendeg as nodes
+from comfyui_mend.training import degradation_model as training
 from comfyui_mend.training import make_dataset
 
 from . import comfyui_graphs
@@ -116,6 +117,31 @@ def test_the_shipped_model_knows_all_six_and_reaches_what_is_asked():
         damaged, mu, sigma, text = nodes.SynthesiseDegradation.execute(image, kind, 0.06, 0.05, seed=1, steps=2).args
         assert damaged.shape == image.shape and mu == pytest.approx(0.06, abs=0.006) and 0 < sigma < 0.2
         assert kind in text
+
+
+def test_training_writes_a_model_that_loads_and_goes_on_where_it_stopped(tmp_path):
+    for folder, size in (("train", (150, 140)), ("validation", (130, 128))):
+        (tmp_path / "photos" / folder).mkdir(parents=True)
+        pixels = np.random.default_rng(1).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / folder / "a.png")
+    command = ["--photos", str(tmp_path / "photos"), "--out", str(tmp_path / "run")]
+    threads = torch.get_num_threads()
+    try:
+        assert training.main([*command, "--steps", "1"]) == 0
+        assert training.main([*command, "--steps", "2"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = models.load(tmp_path / "run" / training.NAME)
+    assert found.architecture.id == "mend-degradation-model" and tuple(found.module.kinds) == tuple(gendeg.PRESETS)
+    assert json.loads(found.metadata["training"])["steps"] == 2
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_the_report_says_what_came_out_of_each_kind():
+    clean = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    pairs = {"haze": ((clean + 0.2).clamp(0, 1), clean)}
+    lines = training.report(models.load(Path(training.CLASSIFIER).with_name(training.NAME)).module, pairs)
+    assert len(lines) == 3 and lines[2].startswith("| haze | ") and lines[2].count("%") == 2
 
 
 # Intensities ---------------------------------------------------------------------------------------------------------

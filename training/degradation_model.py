@@ -3,7 +3,7 @@
     python -m comfyui_mend.training.degradation_model --photos DIR --out RUN --minutes 60
 
 The pairs here are photographs damaged by `training/degradations.py`; the model itself needs nothing but pairs and the
-kind of each. A run goes on where it stopped. RUN gets the log, last.pt, the weights and report.md.
+kind of each. A run goes on where it stopped. RUN gets the log, last.pt, the weights; --report makes damage and judges it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from torch import nn
 
 from .. import models
 from ..errors import Cancelled
+from ..guidance import synthesis
 from ..guidance.gendeg import measure_intensity
+from ..guidance.measurement import draw
+from ..models.dcpt_classifier import classify
 from ..models.degradation_model import KINDS, DegradationModel
 from .data import PairStream, PhotoCrops, Task, load_photos
 from .degradations import Degradation, degrade
@@ -29,6 +32,7 @@ from .trainer import Settings, Stage, Trainer, export
 logger = logging.getLogger(__name__)
 
 NAME = "mend-degradation-model.safetensors"
+CLASSIFIER = Path(__file__).resolve().parent.parent / "weights" / "mend-degradation-classifier.safetensors"
 ARCHITECTURE = "mend-degradation-model"
 CONFIG: dict[str, Any] = {"kinds": KINDS, "widths": (40, 64, 96, 112), "condition": 64}
 SIMULATED = {
@@ -127,6 +131,47 @@ def validate(
     return scores
 
 
+@torch.inference_mode()
+def report(
+    module: DegradationModel, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], classifier: Path = CLASSIFIER
+) -> list[str]:
+    """A table: for each kind, damage is made with the intensities of `pairs`, and compared with theirs.
+
+    Loss: `validate`; then the mean of sigma asked for and found (mu is met by construction), and how often the starter
+    classifier names the kind, on the simulated pictures and on those of the model.
+    """
+    judge = models.load(classifier)
+    labels, losses = list(judge.config["labels"]), validate(module, pairs)
+    lines = [
+        "| kind | loss | sigma asked | found | named right, simulated | named right, model |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, (simulated, clean) in pairs.items():
+        mu, sigma = measure_intensity(clean, simulated)
+        made = [
+            synthesis.synthesise(module, picture[None], kind, float(m), float(s), draw((1, *picture.shape), 9, number))
+            for number, (picture, m, s) in enumerate(zip(clean, mu, sigma, strict=True))
+        ]
+        found = measure_intensity(clean, torch.cat(made))[1]
+        named = ["–", "–"]
+        if kind in labels:
+            shares = [
+                float((_verdicts(judge, x) == labels.index(kind)).float().mean()) for x in (simulated, torch.cat(made))
+            ]
+            named = [f"{100 * share:.0f} %" for share in shares]
+        cells = [f"{losses[kind]:.3f}", f"{sigma.mean():.3f}", f"{found.mean():.3f}", *named]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _verdicts(judge: models.Restorer, images: torch.Tensor) -> torch.Tensor:
+    network, config, eight = judge.module, judge.config, (images * 255).round() / 255
+    found = classify(
+        eight, network.net_g, network.net_dc, config["labels"], multiple_of=8, window=config["window"], grid=5
+    )
+    return found.probabilities.argmax(dim=1)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=Path, required=True, help="folder with train/ and validation/")
@@ -138,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--export", action="store_true", help="only write the weights of the run as it stands")
+    parser.add_argument("--report", type=Path, help="also make damage and judge it, and write a table here (minutes)")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(options.threads)
@@ -164,7 +210,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (Cancelled, KeyboardInterrupt):
             trainer.save()
             return 1
+    if not trainer.progress.scores:
+        trainer.score()
     write(trainer, options.out / NAME, len(crops.photos))
+    if options.report:
+        options.report.write_text("\n".join(report(trainer.average, held_out)) + "\n")
     return 0
 
 

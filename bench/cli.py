@@ -11,6 +11,7 @@ BENCHES = {
     "memory": ("memory", "bytes per pixel of each network, which tiling plans with"),
     "kernels": ("kernels", "operators against the memory bandwidth"),
     "tur": ("tur", "TransWeather and Uformer against other implementations"),
+    "samples": ("synthetic_samples", "a restorer trained with and without samples of the degradation model"),
     "quality": ("starter_quality", "the starter weights against classical methods"),
     "codec": ("codec_curves", "the codec against JPEG, WebP, JPEG 2000 and restoring first"),
 }

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from ..errors import InputError, OutOfMemoryError
+from ..errors import InputError
 from ..guidance import cm4ir, priors, rdmd, schedules
 from ..guidance.measurement import Measurement, draw, task
 from ..guidance.operators import Operator
-from . import host, tiling
+from . import host, prior_tiles, tiling
 from .loaded import LoadedRestorer
 from .pictures import to_pil
 
@@ -95,36 +95,30 @@ class NetworkPrior:
         return f"{self.loaded.restorer.architecture.title} ({self.kind})"
 
     def prior(self, module: torch.nn.Module, device: torch.device) -> priors.Prior:
-        """The denoiser of a module that lies on `device`."""
+        """The denoiser of a module that lies on `device`; works in tiles where memory is short."""
         if self.kind == "epsilon":
             made = priors.epsilon_prior(module, self.label)
         else:
             made = priors.consistency_prior(module, self.label, boundary=self.kind == "consistency")
         dtype = host.working_dtype(self.precision, device)
-        if dtype == torch.float32:
-            return made
 
         def half(*arguments: torch.Tensor) -> torch.Tensor:
             with torch.autocast(device.type, dtype=dtype):
                 return made.network(*arguments).float()
 
-        return replace(made, network=half)
+        network = made.network if dtype == torch.float32 else half
+        return replace(made, network=prior_tiles.in_parts(network, self.loaded, dtype, device))
 
     def run(self, size: tuple[int, ...], body: Callable[[Session], Any]) -> Any:
         target = host.device()
         dtype = host.working_dtype(self.precision, target)
-        memory = int(size[0] * size[-2] * size[-1] * tiling.bytes_per_pixel(self.loaded, dtype))
-        try:
-            with self.loaded.managed.on_device(memory) as (module, device):
-                return body(Session(self.prior(module, device), device))
-        except Exception as error:
-            if not host.is_out_of_memory(error):
-                raise
-            error.__traceback__ = None
-            host.release_memory(target)
-            raise OutOfMemoryError(
-                f"{self.name}: {size[-1]} x {size[-2]} pixels do not fit into memory; use a smaller picture or fewer at once"
-            ) from None
+        side = tiling.choose_tile(self.loaded, size[-2], size[-1], dtype, target)
+        pixels = min(size[-2] * size[-1], side**2)
+        with self.loaded.managed.on_device(int(pixels * tiling.bytes_per_pixel(self.loaded, dtype))) as (
+            module,
+            device,
+        ):
+            return body(Session(self.prior(module, device), device))
 
 
 def network_prior(loaded: LoadedRestorer, kind: str = AUTOMATIC, label: int | None = None, precision: str = "auto"):

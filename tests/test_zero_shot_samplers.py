@@ -17,7 +17,7 @@ from comfyui_mend.nodes.guidance import Cm4irSigmas
 from comfyui_mend.nodes.rdmd import RdmdSigmas
 
 from .comfyui_graphs import run
-from .make_sd_checkpoints import write_sd15, write_sd21
+from .make_sd_checkpoints import write_sd15
 
 SIDE = 32
 U_NET = {"model_channels": 32, "num_res_blocks": 1, "channel_mult": (1,), "attention_resolutions": ()}
@@ -215,7 +215,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     files["small"] = ("noise-unet", {"channels": 3, "widths": [8, 8], "blocks": [1, 1], "embedding": 8})
     for seed, (name, (system, config)) in enumerate(files.items()):
         save_file(awake(system, config, seed), str(place / f"{name}.safetensors"))
-    write_sd15(place), write_sd21(place)
+    write_sd15(place)
     kinds = {"epsilon": "unet", "consistency": "consistency", "EDM": "small"}
     graphs: dict[str, Graph] = {}
     for kind, name in kinds.items():
@@ -225,7 +225,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     graphs["RDMD epsilon"] = pixel_graph("unet.safetensors", "epsilon", "RDMD")
     for sampling in SAMPLINGS:
         graphs[f"CM4IR latents {sampling}"] = latent_graph("tiny_sd15.ckpt", sampling, "CM4IR")
-    graphs["CM4IR latents SD 2.1"] = latent_graph("tiny_sd21_base.ckpt", "eps", "CM4IR")
     for sampling in ("v", "flow"):
         graphs[f"RDMD latents {sampling}"] = latent_graph("tiny_sd15.ckpt", sampling, "RDMD")
     graphs["guider"] = guided_graph("small.safetensors", start_percent=0.99)
@@ -235,7 +234,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 COMPARED = (
     *(f"CM4IR {kind}" for kind in ("epsilon", "consistency", "EDM")),
     *(f"RDMD {what}" for what in ("epsilon", "EDM super-resolution", "EDM deblur")),
-    *(f"CM4IR latents {sampling}" for sampling in (*SAMPLINGS, "SD 2.1")),
+    *(f"CM4IR latents {sampling}" for sampling in SAMPLINGS),
     *(f"RDMD latents {sampling}" for sampling in ("v", "flow")),
 )
 

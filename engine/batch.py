@@ -141,7 +141,7 @@ def run_batch(
                 report.add(name, "done", **outcome)
             progress.update()
     except BaseException:
-        report.cancelled = True
+        report.stopped = True
         raise
     finally:
         shutil.rmtree(outputs / ".mend-unfinished", ignore_errors=True)

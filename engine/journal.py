@@ -149,7 +149,8 @@ class Report:
 
     title: str
     entries: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    cancelled: bool = False
+    stopped: bool = False
+    """Before the last file."""
     _began: float = dataclasses.field(default_factory=time.monotonic)
 
     def add(self, source: str, status: str, **facts: Any) -> None:
@@ -163,7 +164,7 @@ class Report:
             yield
         except Exception as error:
             if host.is_interrupt(error):
-                self.cancelled = True
+                self.stopped = True
                 raise
             logger.debug("%s", source, exc_info=True)
             known = isinstance(error, MendError)
@@ -180,14 +181,14 @@ class Report:
         """For a person: the sums, then what failed and why."""
         sums = ", ".join(f"{self.count(status)} {status}" for status in ("done", "skipped", "failed"))
         lines = [f"{self.title}: {sums} in {time.monotonic() - self._began:.0f} s"]
-        if self.cancelled:
-            lines.append("cancelled; what is done is kept, the next run goes on from here")
+        if self.stopped:
+            lines.append("stopped; what is done is kept, the next run goes on from here")
         lines += [f"failed: {e['source']}: {e['why']}" for e in self.entries if e["status"] == "failed"]
         return "\n".join(lines)
 
     def save(self, folder: Path) -> None:
         """Writes mend-report.json and mend-report.txt into a folder."""
-        data = {"title": self.title, "cancelled": self.cancelled, "files": self.entries}
+        data = {"title": self.title, "stopped": self.stopped, "files": self.entries}
         with written_whole(folder / f"{REPORT}.json") as file:
             file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         with written_whole(folder / f"{REPORT}.txt") as file:

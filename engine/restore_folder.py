@@ -89,7 +89,7 @@ def restore_folder(
                         journal.add(name, made_from)
                     report.add(name, "skipped" if skip else "done", result=result.as_posix())
     except BaseException:
-        report.cancelled = True
+        report.stopped = True
         raise
     finally:
         report.save(target)

@@ -163,12 +163,11 @@ class Flicker(io.ComfyNode):
             if before.shape[:3] != image.shape[:3]:
                 raise InputError(f"before: {tuple(before.shape)} cannot be compared with image {tuple(image.shape)}")
             videos["before"] = channels_first(before)
-        errors = dict(
-            zip(videos, zip(*stabiliser.warping_errors(list(videos.values()), shots), strict=True), strict=True)
-        )
-        if not errors:
+        found = list(stabiliser.warping_errors(list(videos.values()), shots))
+        if not found:
             raise InputError("image: flicker needs at least two frames of one shot")
-        values = {name: stabiliser.flicker(found) for name, found in errors.items()}
+        errors = dict(zip(videos, zip(*found, strict=True), strict=True))
+        values = {name: stabiliser.flicker(of_video) for name, of_video in errors.items()}
         frames = [index for index in range(1, len(image)) if index not in shots]
         series = {n: [(f, stabiliser.flicker([e])) for f, e in zip(frames, v, strict=True)] for n, v in errors.items()}
         text = f"flicker {values['image']:.2f} of 255"

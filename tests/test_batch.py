@@ -93,7 +93,7 @@ def test_a_cancel_keeps_what_is_done_and_the_next_run_goes_on(place):
     names = batch.find_pictures(inputs, outputs)
     with pytest.raises(Cancelled):
         batch.run_batch(names, inputs, outputs, "same", cancel_after_two)
-    assert json.loads((outputs / "mend-report.json").read_text())["cancelled"]
+    assert json.loads((outputs / "mend-report.json").read_text())["stopped"]
     again = batch.run_batch(names, inputs, outputs, "same", lambda left: batch.one_by_one(worker, left))
     assert (again.count("skipped"), again.count("done")) == (2, 2)
 

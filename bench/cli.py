@@ -9,11 +9,17 @@ from collections.abc import Sequence
 BENCHES = {
     "restorer": ("restorer", "time, throughput and peak memory of networks"),
     "memory": ("memory", "bytes per pixel of each network, which tiling plans with"),
+    "large": ("large", "peak memory of a process that restores a large picture"),
+    "video": ("video_memory", "memory of a process that restores a long video"),
+    "steady": ("steady_video", "flicker on a noisy pan, before and after stabilising"),
     "kernels": ("kernels", "operators against the memory bandwidth"),
+    "layout": ("layout", "channels-last feature maps on a CPU"),
+    "scan": ("state_space", "state-space networks end to end, by scan backend"),
     "tur": ("tur", "TransWeather and Uformer against other implementations"),
     "samples": ("synthetic_samples", "a restorer trained with and without samples of the degradation model"),
     "quality": ("starter_quality", "the starter weights against classical methods"),
     "codec": ("codec_curves", "the codec against JPEG, WebP, JPEG 2000 and restoring first"),
+    "agreement": ("codec_agreement", "bitstreams written one way and read another"),
 }
 
 

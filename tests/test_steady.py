@@ -11,7 +11,7 @@ from comfyui_mend.engine.report import psnr
 from comfyui_mend.errors import InputError
 from comfyui_mend.nodes.steady import DetectShots, Flicker, HoldPerShot, StabiliseFrames
 
-from .video_clips import noisy, pan, true_flow
+from .video_clips import noisy, pan, true_errors, true_flow
 
 STEP = (0.4, 1.3)
 PHOTOS = ("red_panda.jpg", "palace.jpg", "mountains.jpg", "night.jpg")
@@ -27,10 +27,7 @@ def mean(values: list[float]) -> float:
 
 def true_flicker(video: torch.Tensor) -> float:
     """Along the known motion, away from what enters the picture."""
-    flow, seen = true_flow(video, STEP), torch.zeros(1, 1, *video.shape[-2:])
-    seen[..., 6:-6, 6:-6] = 1
-    pairs = zip(video[1:].split(1), video[:-1].split(1), strict=True)
-    return stabiliser.flicker([stabiliser.warping_error(now, before, flow, seen) for now, before in pairs])
+    return stabiliser.flicker(true_errors(video, STEP))
 
 
 # Shots ----------------------------------------------------------------------------------------------------------------

@@ -8,36 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from comfyui_mend.engine import folders
-from comfyui_mend.engine.photos import read_photo
+from comfyui_mend.bench.steady_video import noisy, pan, true_errors, true_flow
 
-
-def pan(
-    name: str, frames: int, size: tuple[int, int], step: tuple[float, float], start: tuple[float, float]
-) -> torch.Tensor:
-    """A camera moving over a shipped photo, [frames, 3, *size]: `step` (down, right) pixels a frame, from `start`."""
-    photo = read_photo(folders.SHIPPED_INPUTS / name)
-    height, width = photo.shape[-2:]
-    shots = []
-    for t in range(frames):
-        y = (torch.arange(size[0]) + start[0] + t * step[0] + 0.5) / height * 2 - 1
-        x = (torch.arange(size[1]) + start[1] + t * step[1] + 0.5) / width * 2 - 1
-        grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[None]
-        shots.append(F.grid_sample(photo, grid, mode="bicubic", padding_mode="border", align_corners=False))
-    return torch.cat(shots).clamp(0, 1)
-
-
-def noisy(images: torch.Tensor, sigma: float, seed: int = 0) -> torch.Tensor:
-    """Gaussian noise, sigma in grey levels of 255, new in every frame."""
-    generator = torch.Generator().manual_seed(seed)
-    return (images + torch.randn(images.shape, generator=generator) * sigma / 255).clamp(0, 1)
-
-
-def true_flow(images: torch.Tensor, step: tuple[float, float]) -> torch.Tensor:
-    """The flow from a frame of `pan` to the one before it, [1, 2, H, W]."""
-    return torch.tensor([step[1], step[0]])[None, :, None, None].expand(1, 2, *images.shape[-2:])
+__all__ = ["noisy", "pan", "true_errors", "true_flow", "write_clip"]
 
 
 def write_clip(path: Path, images: torch.Tensor, sound: bool = False, **settings: Any) -> Path:

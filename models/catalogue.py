@@ -16,6 +16,8 @@ else:
 
 TABLE_START = "<!-- methods:start (made by `mend models table`) -->"
 TABLE_END = "<!-- methods:end -->"
+FACTS_START = "<!-- facts:start (made by `mend models pages`) -->"
+FACTS_END = "<!-- facts:end -->"
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def table(chosen: Sequence[Method] | None = None) -> str:
         files = f"{len(m.files)}: {m.place}" if m.files else m.place
         workflow = f"[{m.workflow}](workflows/{m.workflow}.json)" if m.workflow else ""
         cells = (
-            f"[{m.title}]({m.code})",
+            f"[{m.title}](docs/methods/{m.id}.md) ([code]({m.code}))",
             m.does,
             f"{m.authors}, {m.venue}{arxiv}",
             f"{m.code_licence} / {m.weights_licence}",
@@ -151,10 +153,39 @@ def table(chosen: Sequence[Method] | None = None) -> str:
     return "\n".join(lines)
 
 
+def facts(method: Method) -> str:
+    """Reference, licences and released files of a method in Markdown, for its page in docs/methods."""
+    arxiv = f" [arXiv:{method.arxiv}](https://arxiv.org/abs/{method.arxiv})." if method.arxiv else ""
+    lines = [
+        "## Reference, licence, files",
+        "",
+        f"{method.authors.rstrip('.')}. *{method.paper}.* {method.venue}.{arxiv}",
+        "",
+        f"- Code of the authors: <{method.code}>, licence: {method.code_licence}",
+        f"- Licence of the official weights: {method.weights_licence}",
+        f"- Where they are: {method.place}. They go to `ComfyUI/models/{method.folder}/`",
+        f"- Checked here: {method.verified}",
+    ]
+    if method.files:
+        lines += ["", "| file | variant | made for | note |", "|---|---|---|---|"]
+        for file in method.files:
+            lines.append(f"| `{file.path}` | {file.variant} | {', '.join(file.tasks)} | {file.note} |")
+    return "\n".join(lines)
+
+
+def with_facts(text: str, method: Method) -> str:
+    """`text` (the page of a method) with the present facts between its markers."""
+    return _between(text, FACTS_START, FACTS_END, facts(method))
+
+
 def with_table(text: str) -> str:
     """`text` (the README) with the present table between its markers."""
-    before, start, rest = text.partition(TABLE_START)
-    _, end, after = rest.partition(TABLE_END)
-    if not (start and end):
-        raise ValueError("the markers of the table of methods are missing")
-    return f"{before}{start}\n\n{table()}\n\n{end}{after}"
+    return _between(text, TABLE_START, TABLE_END, table())
+
+
+def _between(text: str, start: str, end: str, content: str) -> str:
+    before, found_start, rest = text.partition(start)
+    _, found_end, after = rest.partition(end)
+    if not (found_start and found_end):
+        raise ValueError(f"the marker {start} or {end} is missing")
+    return f"{before}{start}\n\n{content}\n\n{end}{after}"

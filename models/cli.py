@@ -65,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     made = command("table", _table, "the README's table of methods")
     made.add_argument("--write", type=Path, metavar="README", help="put it between the markers of this file")
 
+    pages = command("pages", _pages, "put reference, licences and files between the markers of the methods' pages")
+    pages.add_argument("folder", nargs="?", type=Path, default=Path("docs/methods"), help="default: %(default)s")
+
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
@@ -247,4 +250,14 @@ def _table(args: argparse.Namespace) -> int:
         say(catalogue.table())
     else:
         args.write.write_text(catalogue.with_table(args.write.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+def _pages(args: argparse.Namespace) -> int:
+    for method in catalogue.methods():
+        page = args.folder / f"{method.id}.md"
+        if not page.is_file():
+            raise InputError(f"{page}: {method.title} has no page")
+        text = page.read_text(encoding="utf-8")
+        page.write_text(catalogue.with_facts(text, method), encoding="utf-8")
     return 0

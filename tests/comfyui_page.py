@@ -135,8 +135,8 @@ def browser_page(running: Server) -> Iterator[Any]:
 
 def reload(page: Any, running: Server) -> None:
     """Opens the page anew, without the dialogs of what went before."""
-    page.goto(running.url)
-    page.wait_for_function(READY, timeout=120_000)
+    page.goto(running.url, timeout=180_000)  # a busy machine takes its time
+    page.wait_for_function(READY, timeout=180_000)
     page.wait_for_timeout(1500)
 
 

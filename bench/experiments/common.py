@@ -121,9 +121,11 @@ def conduct(chosen: argparse.Namespace, name: str, text: str, arms: Mapping[str,
     chosen.out.mkdir(parents=True, exist_ok=True)
     record = chosen.out / f"{name}.json"
     key = f"{chosen.steps} steps, {chosen.batch} crops of {chosen.crop} px"
+    arguments = f"--steps {chosen.steps} --batch {chosen.batch} --crop {chosen.crop} --seeds {chosen.seeds}"
     done: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
     if done.get("budget") != key:
         done = {"budget": key, "runs": {}, "input": damaged_scores(held_out(chosen))}
+    done["arguments"] = arguments
     for seed in range(chosen.seeds):
         for arm, train in arms.items():
             runs = done["runs"].setdefault(arm, {})
@@ -161,7 +163,7 @@ def report(name: str, text: str, about: str, done: Mapping[str, Any]) -> str:
 {chr(10).join(lines)}
 
 Budget of an arm: {done["budget"]}, {min(seconds):.0f} to {max(seconds):.0f} s of one CPU core. Run on {date.today().isoformat()} by
-`python -m comfyui_mend.bench.experiments.{name.replace("-", "_")} --photos photos/ready`; figures of single runs in [{name}.json]({name}.json).
+`python -m comfyui_mend.bench.experiments.{name.replace("-", "_")} --photos photos/ready {done["arguments"]}`; figures of single runs in [{name}.json]({name}.json).
 """
 
 

@@ -1,9 +1,7 @@
 """`mend bench codec`: real files of the codec against JPEG, WebP and JPEG 2000, and against restoring first; its speed.
 
-The photographs are those held out of training (`mend train photos` writes them to validation/). Rates count whole files,
-headers included, as each program writes them. At a rate PSNR is interpolated between the files on both sides of it, on a
-logarithmic scale of rates; photographs for which one of the two compared has no file on one side are left out of a
-comparison.
+The photographs are those held out of training (`mend train photos` writes them to validation/); `RULES` says how curves are
+compared.
 """
 
 from __future__ import annotations
@@ -37,6 +35,12 @@ from . import machine
 RATES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 """Bits per pixel at which curves are compared."""
 DEGRADED = ("noise 25", "noise 50", "rain", "haze")
+RULES = (
+    "Rates count whole files, headers included, as each program writes them. At a rate PSNR is interpolated between the files "
+    "on both sides of it, on a logarithmic scale of rates; photographs for which one of the two compared has no file on one "
+    "side are left out of that comparison. In brackets: photographs compared. In the plot, which takes all photographs, a "
+    "curve stays where it is beyond its last file."
+)
 CODEC, CHAIN = "Mend codec", "restore, then JPEG"
 JPEG_2000_RATIOS = (400, 240, 160, 110, 80, 56, 40, 28, 20, 14, 10)
 Curves = dict[str, list[list[Point]]]
@@ -48,7 +52,7 @@ def jpeg_2000_curve(image: torch.Tensor, reference: torch.Tensor) -> list[Point]
     picture, points = to_pil(image), []
     for ratio in JPEG_2000_RATIOS:
         file = io.BytesIO()
-        picture.save(file, "JPEG2000", irreversible=True, quality_mode="rates", quality_layers=[ratio])
+        picture.save(file, "JPEG2000", irreversible=True, mct=1, quality_mode="rates", quality_layers=[ratio])
         decoded = from_pil(Image.open(file))
         points.append(Point(ratio, file.tell(), psnr(decoded[None], reference[None])[0]))
     return points
@@ -264,8 +268,8 @@ def main(arguments: Sequence[str]) -> int:
         "",
         f"`{args.model.name}` ({codec.restorer.parameters / 1e6:.2f} M parameters; {training.get('steps', '?')} steps, "
         f"{training.get('minutes', '?')} minutes of training), central {args.size} x {args.size} crops of "
-        f"{len(cases['clean'][0])} photographs that were not trained on. "
-        + " ".join(__doc__.split("\n\n")[1].split()[9:]),
+        f"{len(cases['clean'][0])} photographs that were not trained on. {RULES}",
+        +" ".join(__doc__.split("\n\n")[1].split()[9:]),
         "",
         f"`mend bench codec --photos PHOTOS/validation --size {args.size}`; {machine.describe(torch.device('cpu'))}",
     ]

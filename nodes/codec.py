@@ -60,8 +60,8 @@ class LoadCodec(ModelFile, io.ComfyNode):
             "Whoever decodes needs the same file.",
             inputs=[
                 model_input(
-                    "A codec file from models/restoration. wiring-aio-codec comes with Mend: it compresses, but "
-                    "restores nothing."
+                    "A codec file from models/restoration. mend-aio-codec-starter comes with Mend: a small beginner that "
+                    "takes out some noise and rain while it decodes."
                 )
             ],
             outputs=[sockets.Codec.Output("codec", display_name="codec", tooltip="For the other codec nodes.")],

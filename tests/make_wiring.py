@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from wiring_codec import set_codec
 
 from comfyui_mend import models
 from comfyui_mend.engine.pictures import from_pil
@@ -148,22 +147,7 @@ def pass_the_picture_on(network: torch.nn.Module) -> None:
     network.R.var_conv[4].bias.fill_(-2)
 
 
-def compute_codec(network: torch.nn.Module) -> None:
-    """Makes a codec a transform codec, from the clean example pictures."""
-    set_codec(
-        network, [clean[..., : clean.shape[-2] // 16 * 16, : clean.shape[-1] // 16 * 16] for _, clean in examples()]
-    )
-
-
 FILES = {
-    "aio-codec": Wiring(
-        "aio-codec",
-        {"dim": 6, "N_ch": 32, "z_ch": 24, "num_blocks": (1, 1, 1, 1), "heads": (1, 1, 1, 1)},
-        "aio-codec",
-        "",
-        adjust=compute_codec,
-        training="none: a transform computed from example pictures; it compresses, restores nothing and shows the wiring",
-    ),
     "acl": Wiring("acl", {"channels": 16, "blocks": (1, 1, 1), "head_dim": 16}, "acl", "out"),
     "airnet": Wiring(
         "tur",

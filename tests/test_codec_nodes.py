@@ -19,7 +19,7 @@ from comfyui_mend.nodes import codec as nodes
 
 pytest.importorskip("constriction", reason="bitstreams are coded by the package constriction")
 
-NAME = "wiring-aio-codec.safetensors"
+NAME = "mend-aio-codec-starter.safetensors"
 
 
 @pytest.fixture(scope="module")

@@ -138,7 +138,7 @@ def _start_entropy_model(codec: AllInOneCodec, latents: Sequence[torch.Tensor]) 
     resolution[0] = FIRST_COMPONENT
     # The size |x| from the block's two leaky rectifiers: x + alpha (f(x) + g(-x)) + beta (f(x) + g(x)).
     size = codec.hyper_enc.blocks[0].block
-    _centre(size[0].adaptor, torch.eye(z, n))
+    _pass_on(codec.hyper_enc.blocks[0], torch.eye(z, n))
     alpha, beta = 2.0954, -1.0373
     _centre(size[1].conv, torch.cat([torch.eye(z), torch.eye(z), -torch.eye(z), torch.eye(z)]))
     _centre(size[1].conv_out, torch.cat([alpha * torch.eye(z), beta * torch.eye(z)], dim=1))

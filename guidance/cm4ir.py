@@ -160,10 +160,10 @@ class Preset:
 
 # For networks that predict the mean, such as Mend's starter prior: found on photographs that it was trained on.
 EDM_PRESETS: dict[str, dict[float, Preset]] = {
-    "super-resolution (EDM)": {0.05: Preset(250, 0.2, 1)},
-    "deblurring (EDM)": {0.05: Preset(150, 0.05, 1)},
-    "inpainting (EDM)": {0.0: Preset(150, 0.2)},
-    "other (EDM)": {0.05: Preset(150, 0.2, 1)},
+    "super-resolution (EDM)": {0.0: Preset(150, 0.07), 0.05: Preset(300, 0.35, 1)},
+    "deblurring (EDM)": {0.02: Preset(75, 0.02, 8), 0.05: Preset(150, 0.08, 8)},
+    "inpainting (EDM)": {0.0: Preset(50, 0.01)},
+    "other (EDM)": {0.05: Preset(150, 0.08, 1)},
 }
 
 # Section 4 of the released evaluation script, by task and noise level on the 0..1 scale.

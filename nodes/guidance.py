@@ -32,6 +32,7 @@ from .zero_shot_inputs import (
 )
 
 SCHEMES = ["CM4IR", "RDMD"]
+STARTER = "mend-prior-starter.safetensors"
 
 
 class LoadPrior(ModelFile, io.ComfyNode):
@@ -44,14 +45,14 @@ class LoadPrior(ModelFile, io.ComfyNode):
             description="Loads a pixel-space diffusion or consistency model: OpenAI's ImageNet, LSUN and FFHQ checkpoints as "
             "released. Form and size are read from the file.",
             inputs=[
-                model_input("A file from models/restoration, or one of Mend's own."),
+                model_input("A file from models/restoration, or one of Mend's own.", STARTER),
                 advanced(
                     io.Combo.Input(
                         "kind",
                         options=list(zero_shot.KINDS),
                         default=zero_shot.AUTOMATIC,
-                        tooltip="What its output means. automatic: epsilon for ADM, consistency for the others unless "
-                        "the file name says edm.",
+                        tooltip="What its output means. automatic: EDM for Mend's own, epsilon for ADM, consistency for the "
+                        "others unless the file name says edm.",
                     )
                 ),
                 io.Int.Input(

@@ -17,9 +17,11 @@ def one_of(name: str, value: Any, options: Iterable[str]) -> bool | str:
     return True if value is None or value in options else f"{name}: {value!r} is not one of {', '.join(options)}"
 
 
-def model_input(tooltip: str) -> io.Input:
-    """The choice of a model file; the node that has it is a `ModelFile`."""
-    return io.Combo.Input("model_name", options=host.model_files(), tooltip=tooltip)
+def model_input(tooltip: str, first: str = "") -> io.Input:
+    """The choice of a model file, `first` chosen if it is there; the node that has it is a `ModelFile`."""
+    files = host.model_files()
+    default = {"default": first} if first in files else {}
+    return io.Combo.Input("model_name", options=files, tooltip=tooltip, **default)
 
 
 class ModelFile:

@@ -178,6 +178,9 @@ def test_a_manifest_lists_pairs_with_their_damage(pairs):
     (pairs / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     assert datasets.manifest(pairs).labels == ("haze", "rain", "damaged")
     assert datasets.manifest(pairs / "manifest.jsonl", intensity=(0.0, 0.5)).labels == ("haze", "damaged")
+    with (pairs / "manifest.jsonl").open("a") as file:
+        file.write('{"clean": "clean/3.pn')  # its writer was interrupted
+    assert len(datasets.manifest(pairs).entries) == 3
 
 
 @pytest.mark.parametrize(

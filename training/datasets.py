@@ -362,10 +362,12 @@ def manifest(path: Path, held_out_share: float = 0.1, intensity: tuple[float, fl
     """
     path = path / MANIFEST if path.is_dir() else path
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data set: {path} cannot be read ({error})") from None
-    entries = []
+    lines, entries = text.splitlines(), []
+    if not text.endswith("\n") and len(lines) > 1 and not lines[-1].rstrip().endswith("}"):
+        lines.pop()  # its writer was interrupted, and will cut it off
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

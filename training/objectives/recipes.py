@@ -94,7 +94,14 @@ class _RoutingMethod(Method):
 
 # TUR ------------------------------------------------------------------------------------------------------------------
 
-_ALIASES = {"low-light": "dark", "lowlight": "dark", "motion-blur": "blur", "defocus": "blur", "downsample": "sr"}
+_ALIASES = {
+    "low-light": "dark",
+    "lowlight": "dark",
+    "motion-blur": "blur",
+    "motionblur": "blur",
+    "defocus": "blur",
+    "downsample": "sr",
+}
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def run(
     graphs: Mapping[str, Mapping[str, Any]],
     models: Mapping[str, Path],
     inputs: Path | None = None,
-    timeout: float = 900,
+    timeout: float = 1800,
 ) -> dict[str, Outcome]:
     """Runs graphs one after another in one ComfyUI on the CPU. Skips the test where there is no ComfyUI."""
     import pytest

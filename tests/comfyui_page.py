@@ -5,9 +5,9 @@
 Starts ComfyUI on the CPU with a folder of its own for inputs and outputs (this pack is the only custom node), opens
 each workflow in headless Chromium and reports missing nodes, alerts of the page, boxes that overlap as the page draws
 them, differences between what the page would send and the API twin, and errors of the run; `DIR/NAME.png` shows the
-page afterwards. `--rewrite` replaces the workflow file by what the page saves. Needs `playwright` and Chromium
-(CHROMIUM_PATH, /usr/bin/chromium); ComfyUI is found as by `mend run --engine comfyui`, its Python by
-MEND_COMFYUI_PYTHON or a venv beside it.
+page afterwards. Workflows that need files which do not come with Mend are opened and checked, not run. `--rewrite`
+replaces the workflow file by what the page saves. Needs `playwright` and Chromium (CHROMIUM_PATH, /usr/bin/chromium);
+ComfyUI is found as by `mend run --engine comfyui`, its Python by MEND_COMFYUI_PYTHON or a venv beside it.
 """
 
 from __future__ import annotations
@@ -43,6 +43,12 @@ CHROMIUM_FLAGS = (
 ).split()
 DRAWN_BY_THE_PAGE = {("PreviewAny", "preview")}
 """Widgets that only the page knows: the text box of a node that shows text."""
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Workflow.Persist": False,  # else a reload brings the last workflow back, over the one that is opened next
+    "Comfy.Workflow.ShowMissingModelsWarning": False,  # `needs_download` says which workflows are not run
+}
 READY = (
     "window.app && window.app.graph && window.app.extensionManager && window.LiteGraph && "
     "Object.keys(window.LiteGraph.registered_node_types).length > 50"
@@ -111,7 +117,7 @@ def server(inputs: Path = ROOT / "workflows" / "inputs", timeout: float = 240) -
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit(f"ComfyUI did not start:\n{log.read_text()[-4000:]}") from None
                 time.sleep(0.5)
-        running.ask("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False})
+        running.ask("/settings", SETTINGS)
         yield running
     finally:
         process.terminate()
@@ -134,7 +140,9 @@ def browser_page(running: Server) -> Iterator[Any]:
 
 
 def reload(page: Any, running: Server) -> None:
-    """Opens the page anew, without the dialogs of what went before."""
+    """Opens the page anew, without the dialogs and drafts of what went before."""
+    if page.url.startswith(running.url):
+        page.evaluate("() => { localStorage.clear(); sessionStorage.clear() }")
     page.goto(running.url, timeout=180_000)  # a busy machine takes its time
     page.wait_for_function(READY, timeout=180_000)
     page.wait_for_timeout(1500)
@@ -160,7 +168,7 @@ def differences(sent: dict[str, Any], twin: dict[str, Any]) -> list[str]:
             found.append(f"node {node_id}: {theirs['class_type']} instead of {ours['class_type']}")
         for name in sorted(set(ours["inputs"]) | set(theirs["inputs"])):
             a, b = ours["inputs"].get(name), theirs["inputs"].get(name)
-            if a != b and (ours["class_type"], name) not in DRAWN_BY_THE_PAGE:
+            if a != b and name != "video-preview" and (ours["class_type"], name) not in DRAWN_BY_THE_PAGE:
                 found.append(
                     f"node {node_id} ({ours['class_type']}).{name}: the page sends {b!r}, the API file has {a!r}"
                 )
@@ -217,6 +225,11 @@ def run_workflow(page: Any, running: Server, timeout: float) -> list[str]:
     return [f"not finished after {timeout} s"]
 
 
+def needs_download(ui: dict[str, Any]) -> bool:
+    """True if a node names a file that does not come with Mend."""
+    return any((node.get("properties") or {}).get("models") for node in ui["nodes"])
+
+
 def inspect(page: Any, running: Server, path: Path, out: Path, run: bool, rewrite: bool, timeout: float) -> list[str]:
     """Opens, checks, runs and photographs one workflow; what is wrong with it."""
     name, ui = path.stem, json.loads(path.read_text(encoding="utf-8"))
@@ -229,7 +242,7 @@ def inspect(page: Any, running: Server, path: Path, out: Path, run: bool, rewrit
     twin = path.parent / "api" / path.name
     sent = page.evaluate("async () => (await app.graphToPrompt()).output")
     problems += differences(sent, json.loads(twin.read_text(encoding="utf-8"))) if twin.is_file() else ["no API twin"]
-    if run and not problems:
+    if run and not problems and not needs_download(ui):
         problems += run_workflow(page, running, timeout)
         page.wait_for_timeout(1200)
         problems += box_overlaps(page.evaluate(LOOK)["nodes"])

@@ -35,8 +35,10 @@ TITLE = 30
 ROW, WIDGET, TEXT_AREA, PICTURE = 20, 24, 110, 270
 """Heights of a socket, a widget, a text box and a picture shown on a node."""
 GROUP_TITLE, MARGIN = 40, 20
-SHOWS_PICTURE = frozenset({"LoadImage", "LoadImageMask", "SaveImage", "PreviewImage", "MaskPreview"})
-WORKS_LONG = frozenset({"MEND_RESTORER", "MEND_DEGRADER", "MEND_CODEC", "MEND_PRIOR", "MEND_OPERATOR", "MODEL", "SAMPLER"})
+SHOWS_PICTURE = frozenset({"LoadImage", "LoadImageMask", "LoadVideo", "SaveImage", "PreviewImage", "MaskPreview"})
+WORKS_LONG = frozenset(
+    {"MEND_RESTORER", "MEND_DEGRADER", "MEND_CODEC", "MEND_PRIOR", "MEND_OPERATOR", "MODEL", "SAMPLER"}
+)
 """What a node that shows a preview while it works takes in."""
 
 

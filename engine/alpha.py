@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from kornia.filters import guided_blur
 
 _SMALLEST_LEVEL = 2
 
@@ -44,6 +43,8 @@ def upscale_alpha(alpha: torch.Tensor, guide: torch.Tensor, scale: int) -> torch
     if float(alpha.amax() - alpha.amin()) < 1e-6 or min(guide.shape[-2:]) < 2 * scale + 1:
         return larger
     kernel = 2 * scale + 1
+    from kornia.filters import guided_blur  # long to import, and only needed here
+
     refined = guided_blur(guide.clamp(0, 1), larger, (kernel, kernel), 1e-4)
     edges = (larger > 0.01) & (larger < 0.99)
     return torch.where(edges, refined.clamp(0, 1), larger)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from kornia.filters import gaussian_blur2d
 
 from ..errors import InputError
 from .report import match_size
@@ -18,6 +17,8 @@ def low_frequencies(image: torch.Tensor, sigma: float) -> torch.Tensor:
     reduced = sigma / step
     kernel = min(2 * int(3 * reduced) + 1, 2 * (min(small.shape[-2:]) - 1) + 1)
     if kernel >= 3:
+        from kornia.filters import gaussian_blur2d  # half a second to import: not while ComfyUI starts
+
         small = gaussian_blur2d(small, (kernel, kernel), (reduced, reduced), border_type="replicate")
     return small if step == 1 else F.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)
 

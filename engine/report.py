@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kornia.metrics import ssim as ssim_map
 from PIL import Image
 
 from ..errors import InputError, MissingDependency
@@ -89,6 +88,8 @@ def ssim(image: torch.Tensor, reference: torch.Tensor) -> list[float]:
     """Structural similarity per picture (Wang et al. 2004): Gaussian window 11, sigma 1.5, mean over RGB."""
     if min(image.shape[-2:]) < 11:
         raise InputError("images: SSIM needs at least 11 x 11 pixels")
+    from kornia.metrics import ssim as ssim_map
+
     values = ssim_map(image.float(), reference.float(), window_size=11, padding="valid")
     return values.mean(dim=(1, 2, 3)).tolist()
 

@@ -73,10 +73,10 @@ def default_value(widget: Widget) -> Any:
 def read(path: str | Path) -> dict[str, Any]:
     """The workflow in a JSON file, either format. Raises WorkflowError."""
     try:
-        workflow = json.loads(Path(path).read_text(encoding="utf-8"))
+        workflow = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise WorkflowError(f"there is no workflow file {path}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WorkflowError(f"{path} cannot be read as a workflow: {error}") from error
     if not is_ui(workflow) and not is_api(workflow):
         raise WorkflowError(f"{path} is JSON, but neither a saved workflow nor one in the API format")
@@ -102,10 +102,21 @@ def to_api(workflow: Mapping[str, Any], classes: NodeClasses) -> Prompt:
 
     Muted nodes and what only they feed are left out, bypassed ones pass on the first input of the output's type,
     reroutes, primitives and subgraphs are resolved, notes dropped. Raises WorkflowError for node types that do not
-    exist here.
+    exist here, and for a file that is damaged.
     """
-    if not is_ui(workflow):
-        return dict(workflow)
+    if is_ui(workflow):
+        try:
+            return _converted(workflow, classes)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise WorkflowError(f"the workflow is damaged ({what}): save it again, or take an older copy") from error
+    for node_id, node in workflow.items():
+        if not isinstance(node.get("class_type", ""), str) or not isinstance(node.get("inputs", {}), dict):
+            raise WorkflowError(f"the workflow is damaged: node {node_id!r} has no readable class_type or inputs")
+    return dict(workflow)
+
+
+def _converted(workflow: Mapping[str, Any], classes: NodeClasses) -> Prompt:
     graph = _Flat.of(workflow)
     prompt: Prompt = {}
     for node_id, node in graph.nodes.items():

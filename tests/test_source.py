@@ -36,7 +36,7 @@ OPTIONAL = {
     "ray",
     "scipy",
 }
-HEAVY = {*OPTIONAL, "torchvision", "transformers", "matplotlib", "cv2", "sympy.core"}
+HEAVY = {*OPTIONAL, "kornia", "torchvision", "transformers", "matplotlib", "cv2", "sympy.core"}
 
 
 @cache
@@ -101,7 +101,7 @@ def in_a_fresh_python(code: str) -> str:
 
 
 def test_loading_the_nodes_needs_nothing_heavy_and_touches_no_accelerator():
-    """kornia is loaded: ComfyUI's own nodes have brought it in by then."""
+    """Not kornia either, though ComfyUI's own nodes bring it in later: it takes longer than the whole pack."""
     code = f"""
 import sys, torch
 before = set(sys.modules)

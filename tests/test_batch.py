@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -152,8 +153,55 @@ def test_without_ray_the_option_says_what_to_install(monkeypatch):
         list(ray_workers.run_all("local", make_worker, {}, ["a"]))
 
 
+class ToyRay:
+    """Ray's part in `_spread`, in this process: a worker dies over the pictures in `deadly`, so many times each."""
+
+    class exceptions:
+        class RayActorError(Exception): ...
+
+        class RayTaskError(Exception):
+            def __init__(self, cause):
+                self.cause = cause
+
+    def __init__(self, deadly: dict[str, int]) -> None:
+        self.deadly, self.started, self.dead = deadly, 0, set()
+
+    def start(self):
+        self.started += 1
+        worker, number = SimpleNamespace(), self.started
+        worker.do = SimpleNamespace(remote=lambda name: (number, name))
+        return worker
+
+    def wait(self, tasks, timeout):
+        return tasks[:1], tasks[1:]
+
+    def get(self, task):
+        number, name = task
+        assert number not in self.dead, "a dead worker got work"
+        if self.deadly.get(name, 0):
+            self.deadly[name] -= 1
+            self.dead.add(number)
+            raise self.exceptions.RayActorError("killed")
+        if name == "bad":
+            raise self.exceptions.RayTaskError(InputError("broken"))
+        return name.upper()
+
+
+def test_work_of_dead_workers_is_done_by_new_ones_and_given_up_after_three():
+    ray = ToyRay({"b": 1, "d": 2, "huge": 99})
+    names = ["a", "b", "c", "d", "bad", "huge", "e"]
+    outcomes = dict(ray_workers._spread(ray, ray.start, [ray.start(), ray.start()], names))
+    assert sorted(outcomes) == sorted(names)
+    assert {n: o for n, o in outcomes.items() if isinstance(o, str)} == {n: n.upper() for n in "abcde"}
+    assert str(outcomes["bad"]) == "broken" and "3 workers died" in str(outcomes["huge"])
+    assert ray.started == 2 + 1 + 2 + 3 and ray.deadly["huge"] == 96
+
+
 def test_a_worker_that_dies_costs_nothing(place):
-    """Two workers on this machine, one is killed with its picture in hand: every picture is there in the end."""
+    """Two workers on this machine, one is killed with its picture in hand: every picture is there in the end.
+
+    MEND_RAY_ADDRESS names a cluster that runs already, on this machine.
+    """
     pytest.importorskip("ray", reason="ray is not installed")
     (place / "in" / "broken.png").unlink()
     for number in range(8):
@@ -167,7 +215,8 @@ def test_a_worker_that_dies_costs_nothing(place):
         os.kill(processes[0], signal.SIGKILL)
 
     def on_ray(left):
-        return ray_workers.run_all("local", make_worker, given, left, workers=2, on_start=kill_one)
+        address = os.environ.get("MEND_RAY_ADDRESS", "local")
+        return ray_workers.run_all(address, make_worker, given, left, workers=2, on_start=kill_one)
 
     try:
         done = batch.run_batch(names, inputs, outputs, "same", on_ray)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .. import models
-from . import photos
+from . import cli_finetune, make_dataset, photos
 from .accelerate import accelerate
 from .data import PhotoCrops, load_photos
 from .starters import STARTERS
+from .stopping import stop_request
 from .trainer import Settings, Trainer, export, read_export
 
 logger = logging.getLogger(__name__)
@@ -46,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     starter.add_argument("--initial", type=Path, help="weights to begin with: a file that `mend train export` wrote")
     starter.add_argument("--config", type=json.loads, help="another configuration of the network, as JSON")
     starter.set_defaults(run=_starter)
+
+    cli_finetune.add_arguments(commands.add_parser("finetune", help="train any network further, on data of your own"))
+    make_dataset.add_arguments(
+        commands.add_parser("make-dataset", help="turn clean photographs into damaged and clean pairs with a manifest")
+    )
 
     snapshot = commands.add_parser("export", help="write the averaged weights of a run as it stands")
     snapshot.add_argument("folder", type=Path, help="folder of the run")
@@ -87,22 +90,9 @@ def _starter(arguments: argparse.Namespace) -> int:
     provenance = {"which": arguments.which, "config": config, "photos": len(crops.photos), "seed": arguments.seed}
     (arguments.out / "run.json").write_text(json.dumps(provenance))
     trainer.resume()
-    with _stop_request() as should_stop:
+    with stop_request() as should_stop:
         trainer.run(should_stop)
     return _export(argparse.Namespace(folder=arguments.out, file=arguments.out / recipe.file))
-
-
-@contextmanager
-def _stop_request() -> Iterator[Callable[[], bool]]:
-    """Tells whether the process was asked to end (Ctrl-C or SIGTERM), so that the run can save where it stands."""
-    asked = threading.Event()
-    here = threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, lambda *_: asked.set()) for n in (signal.SIGINT, signal.SIGTERM) if here}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _export(arguments: argparse.Namespace) -> int:

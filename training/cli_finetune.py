@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from ..errors import InputError
 from . import datasets, distributed, finetune
 from .objectives.base import Objective, Weighted
 from .objectives.recipes import OBJECTIVES, default_objective
+from .stopping import stop_request
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         keep=options.keep,
     )
     tuner.resume()
-    with _stop_request() as should_stop:
+    with stop_request() as should_stop:
         tuner.train(should_stop=should_stop, bar=True)
     if distributed.leads():
         logger.info("%s\nwritten: %s", finetune.report(tuner), options.out / finetune.WEIGHTS)
@@ -159,19 +157,6 @@ def _value(kind: str, text: str, name: str) -> Any:
 def describe_objectives() -> list[str]:
     """A line for each objective with its options and their defaults."""
     return [f"{kind}: " + ", ".join(f"{f.name}={f.default}" for f in fields(made)) for kind, made in OBJECTIVES.items()]
-
-
-@contextmanager
-def _stop_request() -> Iterator[Callable[[], bool]]:
-    """Tells whether the process was asked to end (Ctrl-C or SIGTERM), so that the run can save where it stands."""
-    asked = threading.Event()
-    here = threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, lambda *_: asked.set()) for n in (signal.SIGINT, signal.SIGTERM) if here}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

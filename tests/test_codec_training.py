@@ -47,7 +47,7 @@ def test_the_start_is_a_transform_codec_at_every_quality(codec) -> None:
         bits = sum(float(b.sum()) for b in codec.estimate_bits(latent)) / picture[0, 0].numel()
         found.append((bits, float(-10 * (decoded - picture).square().mean().log10())))
     assert found == sorted(found) and found[0][1] < found[2][1] - 5
-    assert found[2][1] > 32 and found[2][0] < 1 and found[0][0] < 0.15
+    assert found[2][1] > 32 and found[2][0] < 1 and found[0][0] < found[2][0] / 2
 
 
 def test_a_weight_moves_the_less_the_larger_its_input_is(codec) -> None:
@@ -151,5 +151,5 @@ def test_no_picture_is_decoded_the_way_it_was_encoded_and_all_ways_occur() -> No
 
 def test_streams_are_read_with_other_threads_layouts_and_precisions_in_another_process() -> None:
     pytest.importorskip("constriction", reason="bitstreams are coded by the package constriction")
-    failed, integers = codec_agreement.run(SHIPPED, 7)
-    assert not failed and integers > 1_000
+    failed, integers = codec_agreement.run(SHIPPED, 4)
+    assert not failed and integers > 500

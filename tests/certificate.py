@@ -114,7 +114,8 @@ def text(certificate: dict[str, Any]) -> str:
         "",
         "Numbers recorded from reference implementations of the published methods, and how far this pack's networks are from",
         "them with the same weights and inputs. *Share* is the largest deviation divided by what the case allows",
-        "(atol + rtol x |recorded value|): below 1 is a pass. Written by `python tests/certificate.py`.",
+        "(atol + rtol x |recorded value|): below 1 is a pass. Written by `python tests/certificate.py`. Recorded cases that are not",
+        "listed here were not run for it.",
         "",
         f"{len(ok)} of {len(ran)} cases pass, {sum(e.get('values', 0) for e in ok):,} numbers compared; "
         f"{len(entries) - len(ran)} not run here. {certificate['date']}; {certificate['versions']}.",

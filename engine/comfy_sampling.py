@@ -194,6 +194,7 @@ def _ksampler(scheme: Callable[[_Borrowed], torch.Tensor], vae: Any) -> Any:
             levels = (levels / (1 - levels.clamp(max=0.999))).clamp(max=999.0)
 
         def tell(index: int, state: torch.Tensor, estimate: torch.Tensor) -> None:
+            host.check_interrupt()
             if callback is not None:
                 level = sigmas[index]
                 callback({"x": state, "i": index, "sigma": level, "sigma_hat": level, "denoised": estimate})

@@ -395,7 +395,7 @@ def test_restore_faces_equals_the_chain_of_single_nodes_bit_for_bit(latent, comf
     chain, single = outcome.kept["18"], outcome.kept["20"]
     assert chain.shape == (2, 48, 56, 3) and torch.equal(chain, single)
     assert chain.std() > 0.01 and chain.isfinite().all()
-    assert outcome.kept["22"].shape == (2, 77, 1024)
+    assert comfyui["deterministic"].kept["22"].shape == (2, 77, 1024)  # the second graph finds it in the cache
 
 
 @pytest.mark.comfyui

@@ -176,23 +176,6 @@ FILES = {
         adjust=enlarge_bilinearly,
         awake=("embeddingA.weight", "embeddingB.weight", "route.0.weight", "route.2.weight"),
     ),
-    "mair": Wiring(
-        "mair",
-        {
-            "embed_dim": 16,
-            "depths": (2, 2),
-            "d_state": 1,
-            "ssm_ratio": 1.1,
-            "mlp_ratio": 1.6,
-            "scan_len": 8,
-            "upsampler": "pixelshuffledirect",
-            "upscale": 2,
-        },
-        "mair",
-        "conv_after_body",
-        adjust=enlarge_bilinearly,
-        awake=("in_proj.weight", "x_proj_weight", "out_proj.weight", "gating.1.weight"),
-    ),
     "nafnet": Wiring(
         "nafnet",
         {"width": 8, "enc_blk_nums": (1, 1, 1), "middle_blk_num": 1, "dec_blk_nums": (1, 1, 1)},

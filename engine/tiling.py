@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ SMALLEST_TILE = 64
 DEFAULT_OVERLAP = 64
 """For networks that see the whole picture anyway: enough for their local layers."""
 PREVIEW_SIDE = 512
+_warned: weakref.WeakSet[host.Managed] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,7 @@ def run(
     result = torch.empty(size, device=host.intermediate_device())
     fitting = int(host.working_memory(target) / bytes_per_pixel(loaded, dtype) / (height * width))
     chunk = min(batch, max(1, fitting)) if side >= max(height, width) else 1
+    _warn_of_tiles(loaded, height, width, side)
     progress = host.progress(sum(_tile_count(loaded, n, height, width, side, overlap) for n in _chunks(batch, chunk)))
     done = 0
     while done < batch:
@@ -241,6 +244,21 @@ def run(
             continue
         done = images.stop
     return result
+
+
+def _warn_of_tiles(loaded: LoadedRestorer, height: int, width: int, side: int) -> None:
+    """Says once a network that what it computes over the whole picture will be computed over tiles."""
+    architecture, config = loaded.restorer.architecture, loaded.restorer.config
+    if max(height, width) <= side or architecture.receptive_field(config) is not None or loaded.managed in _warned:
+        return
+    _warned.add(loaded.managed)
+    what = architecture.global_statistics or "it looks at the whole picture"
+    logger.warning(
+        "%s works in tiles of %d pixels, which changes its result a little: %s. Larger tiles change less",
+        architecture.title,
+        side,
+        what.rstrip("."),
+    )
 
 
 def _chunks(batch: int, chunk: int) -> list[int]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support import local_restorer
 
 from comfyui_mend import models
+from comfyui_mend.bench import tiles as bench_tiles
 from comfyui_mend.engine import host, loaded, tiling
 from comfyui_mend.errors import Cancelled, InputError, OutOfMemoryError
 
@@ -210,6 +211,23 @@ def test_overflow_in_half_precision_is_repeated_in_single_precision(caplog) -> N
     module.forward = lambda x: module.layers[0](x * 10) * 1e-7 * x.mean()
     restored = tiling.restore(restorer, torch.rand(1, 3, 16, 16), precision="fp16")
     assert restored.isfinite().all() and "repeated in float32" in caplog.text
+
+
+def test_a_network_that_sees_everything_says_once_that_tiles_change_its_result(moce, caplog) -> None:
+    tiling.restore(moce, torch.rand(1, 3, 64, 64))
+    tiling.restore(local_restorer(), torch.rand(1, 3, 130, 130), tile=64)
+    assert "changes its result" not in caplog.text
+    for _ in range(2):
+        tiling.restore(moce, torch.rand(1, 3, 130, 130), tile=64)
+    assert caplog.text.count("MoCE-IR works in tiles of 64 pixels, which changes its result a little") == 1
+
+
+def test_the_difference_between_tiles_and_the_whole_is_measured_and_printed(moce, capsys) -> None:
+    mean, largest, share = bench_tiles.difference(local_restorer(), torch.rand(1, 3, 130, 130), 64)
+    assert largest < 1e-5 and share < 1e-4 and mean <= largest
+    assert bench_tiles.main(["--model", "wiring-nafnet.safetensors", "--size", "96", "--tile", "64"]) == 0
+    host.set_device(None)
+    assert "| wiring-nafnet.safetensors | 96x96 | 64 | whole picture |" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in kilobytes on Linux only")

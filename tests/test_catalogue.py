@@ -54,7 +54,11 @@ def test_every_method_and_file_is_described():
 
 
 def test_every_network_belongs_to_a_method_of_the_catalogue():
-    known = {m.id for m in catalogue.methods()} | {"restormer", "guided-diffusion-unet", "noise-unet"}  # backbones, priors
+    known = {m.id for m in catalogue.methods()} | {
+        "restormer",
+        "guided-diffusion-unet",
+        "noise-unet",
+    }  # backbones, priors
     assert {a.system for a in models.registry.architectures()} <= known
 
 

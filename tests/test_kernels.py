@@ -9,11 +9,11 @@ import threading
 from pathlib import Path
 
 import emulation
-import parity
 import pytest
 import torch
 from torch.library import opcheck
 
+import parity
 from comfyui_mend import kernels
 from comfyui_mend.errors import ConfigError, InputError, MissingDependency
 from comfyui_mend.kernels import check, jit, use_backend

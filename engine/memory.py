@@ -41,8 +41,17 @@ def table() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def measured(restorer: Restorer) -> dict[str, Any] | None:
-    """The row of the table for this network, if its settings were measured."""
-    return table().get((restorer.architecture.id, settings(restorer.config)))
+    """The row of the table for this network, if its settings were measured: all that both name are equal."""
+    exact = table().get((restorer.architecture.id, settings(restorer.config)))
+    if exact is not None:
+        return exact
+    config = _plain(restorer.config)
+    for (network, _), row in table().items():
+        other = _plain(row["config"])
+        shared = config.keys() & other.keys()
+        if network == restorer.architecture.id and shared and all(config[k] == other[k] for k in shared):
+            return row
+    return None
 
 
 def bytes_per_pixel(restorer: Restorer, dtype: torch.dtype) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import pytest
 
 from comfyui_mend.nodes import node_classes
-from comfyui_mend.nodes.inputs import PRECISIONS, ModelFile, Precision, one_of
+from comfyui_mend.nodes.inputs import PRECISIONS, ModelFile, one_of
 
 NODES = node_classes()
 
@@ -34,7 +35,8 @@ def test_a_loader_says_before_the_run_that_a_file_is_missing_and_notices_a_chang
 def test_every_node_with_a_precision_or_a_model_file_checks_it():
     for node in NODES:
         inputs = {i.id: i for i in node.GET_SCHEMA().inputs or []}
+        checked = inspect.signature(node.validate_inputs).parameters
         if "model_name" in inputs:
-            assert issubclass(node, ModelFile), node
+            assert "model_name" in checked and "fingerprint_inputs" in {k for c in node.__mro__ for k in vars(c)}, node
         elif "precision" in inputs:
-            assert issubclass(node, Precision) and inputs["precision"].options == PRECISIONS, node
+            assert "precision" in checked and inputs["precision"].options == PRECISIONS, node

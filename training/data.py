@@ -159,11 +159,14 @@ class PairStream:
     """Endless batches of (damaged, clean) pairs, each [B, 3, size, size]; the damaged one as a picture file holds it.
 
     Most damaged crops are clipped to 0..1, half of all rounded to 8 bit, as pictures arrive in practice; a few keep
-    their values outside.
+    their values outside. A share of them, `saved`, went through a good JPEG first, as what cameras and sites hand out has:
+    a network that knows only fresh noise leaves noise alone once JPEG has smoothed it.
     """
 
-    def __init__(self, crops: PhotoCrops, tasks: Sequence[Task], generator: torch.Generator) -> None:
-        self.crops, self.tasks, self.generator = crops, tasks, generator
+    def __init__(
+        self, crops: PhotoCrops, tasks: Sequence[Task], generator: torch.Generator, saved: float = 0.3
+    ) -> None:
+        self.crops, self.tasks, self.generator, self.saved = crops, tasks, generator, saved
         self.weights = torch.tensor([t.weight for t in tasks])
 
     def batch(self, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
@@ -181,6 +184,8 @@ class PairStream:
                     zoom = min(1.0, _uniform(g, 0.1, 1.0) * size / 128)
                     step = Degradation("haze", step.strength, {"zoom": zoom})
                 image, _ = step(image, g)
+            if chain and _uniform(g) < self.saved:
+                image, _ = Degradation("jpeg", 1, {"quality": int(_uniform(g, 70, 98))})(image.clamp(0, 1), g)
             draw = _uniform(g)
             if draw < 0.85:
                 image = image.clamp(0, 1)

@@ -23,7 +23,7 @@ from ..engine import host, loaded, operator_builders, zero_shot
 from ..engine.report import psnr, ssim
 from ..guidance import cm4ir, operators, schedules
 from ..guidance.measurement import Measurement, measure, task
-from ..training.data import load_photos
+from ..training.data import central_squares, load_photos
 from . import machine
 
 Score = tuple[float, float]
@@ -140,11 +140,10 @@ def compare(
 ) -> dict[str, dict[str, Score]]:
     """Mean PSNR (dB) and SSIM per case and method over the central crops of photographs, uint8 [3, H, W]."""
     scores: dict[str, dict[str, Score]] = {}
+    squares = central_squares(photos, size)
     for name, (operator, noise) in tqdm(cases(size).items(), leave=False):
         found: dict[str, list[Score]] = {way: [] for way in ways}
-        for index, photo in enumerate(p for p in photos if min(p.shape[1:]) >= size):
-            top, left = ((extent - size) // 2 for extent in photo.shape[1:])
-            clean = photo[None, :, top : top + size, left : left + size].float() / 255
+        for index, clean in enumerate(squares):
             seen = measure(operator, clean, noise, seed + index)
             for way, method in ways.items():
                 image = (method(seen) / 2 + 0.5).clamp(0, 1)

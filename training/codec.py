@@ -25,7 +25,7 @@ from .. import models
 from ..codec.rates import pillow_curve
 from ..models.aio_codec import LATENT_STRIDE, QUALITIES, AllInOneCodec, HybridBlock, UpsampleBlock
 from .accelerate import accelerate
-from .data import VALIDATION, PairStream, PhotoCrops, Task, load_photos
+from .data import VALIDATION, PairStream, PhotoCrops, Task, central_crop, load_photos
 from .degradations import Degradation
 from .objectives.rate_distortion import LogRateDistortion
 from .trainer import Settings, Stage, Trainer, export, psnr, validation_set
@@ -300,12 +300,7 @@ class CodecTrainer(Trainer):
 
 def sample_pictures(photos: Sequence[torch.Tensor], side: int = 512) -> list[torch.Tensor]:
     """Central crops [1, 3, H, W] in 0..1 of photographs, uint8 [3, H, W], with sides that are multiples of 16."""
-    pictures = []
-    for photo in photos:
-        height, width = (min(side, extent) // LATENT_STRIDE * LATENT_STRIDE for extent in photo.shape[1:])
-        top, left = ((extent - length) // 2 for extent, length in zip(photo.shape[1:], (height, width), strict=True))
-        pictures.append(photo[None, :, top : top + height, left : left + width].float() / 255)
-    return pictures
+    return [central_crop(photo, side, LATENT_STRIDE)[None].float() / 255 for photo in photos]
 
 
 def save_weights(codec: nn.Module, path: Path, config: Mapping[str, Any], progress: Mapping[str, Any]) -> None:

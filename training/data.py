@@ -30,6 +30,18 @@ def load_photos(folder: Path, limit: int | None = None) -> list[torch.Tensor]:
     return [torch.from_numpy(np.array(Image.open(p).convert("RGB"))).permute(2, 0, 1).contiguous() for p in paths]
 
 
+def central_crop(picture: torch.Tensor, size: int, multiple: int = 1) -> torch.Tensor:
+    """The centre of [C, H, W], at most `size` wide and high, a multiple of `multiple` where the picture is that large."""
+    height, width = (min(size, extent) // multiple * multiple or extent for extent in picture.shape[1:])
+    top, left = (picture.shape[1] - height) // 2, (picture.shape[2] - width) // 2
+    return picture[:, top : top + height, left : left + width].contiguous()
+
+
+def central_squares(photos: Sequence[torch.Tensor], size: int) -> list[torch.Tensor]:
+    """The centres [1, 3, size, size] in 0..1 of photographs, uint8 [3, H, W]; smaller photographs are left out."""
+    return [central_crop(p, size)[None].float() / 255 for p in photos if min(p.shape[1:]) >= size]
+
+
 def _uniform(generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
     return low + (high - low) * float(torch.rand((), generator=generator))
 

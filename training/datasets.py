@@ -26,7 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError
 from ..models.layers.padding import pad_to_multiple
-from .data import STARTER_TASKS, SUFFIXES, PhotoCrops, Task
+from .data import STARTER_TASKS, SUFFIXES, PhotoCrops, Task, central_crop
 from .degradations import KINDS, Degradation, parse
 
 logger = logging.getLogger(__name__)
@@ -238,7 +238,7 @@ class Dataset:
                     found.append(Sample(*_centre(damaged, clean, size, scale), entry.label))
                     left[entry.label] -= 1
                 continue
-            clean = _central(pictures(entry.clean).float() / 255, size * scale, scale)
+            clean = central_crop(pictures(entry.clean).float() / 255, size * scale, scale)
             small = _reduce(clean, scale)
             for task in self.tasks:
                 if left[task.name]:
@@ -509,15 +509,8 @@ def _pair(entry: Entry, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
     return damaged, clean
 
 
-def _central(picture: torch.Tensor, size: int, multiple: int = 1) -> torch.Tensor:
-    """The centre of [3, H, W], at most `size` wide and high, a multiple of `multiple`."""
-    height, width = (min(size, extent) // multiple * multiple or extent for extent in picture.shape[1:])
-    top, left = (picture.shape[1] - height) // 2, (picture.shape[2] - width) // 2
-    return picture[:, top : top + height, left : left + width].contiguous()
-
-
 def _centre(damaged: torch.Tensor, clean: torch.Tensor, size: int, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
-    small = _central(damaged, size)
+    small = central_crop(damaged, size)
     top, left = ((damaged.shape[i] - small.shape[i]) // 2 * scale for i in (1, 2))
     height, width = (scale * extent for extent in small.shape[1:])
     return small, clean[:, top : top + height, left : left + width].contiguous()

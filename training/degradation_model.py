@@ -25,7 +25,7 @@ from ..guidance.gendeg import measure_intensity
 from ..guidance.measurement import draw
 from ..models.dcpt_classifier import classify
 from ..models.degradation_model import KINDS, DegradationModel
-from .data import PairStream, PhotoCrops, Task, load_photos
+from .data import PairStream, PhotoCrops, Task, central_squares, load_photos
 from .degradations import Degradation, degrade
 from .trainer import Settings, Stage, Trainer, export
 
@@ -101,11 +101,7 @@ class DegradationTrainer(Trainer):
 
 def validation_pairs(photos: Sequence[torch.Tensor], size: int = 128) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """For each kind damaged and clean central crops [N, 3, size, size], always the same."""
-    crops = []
-    for photo in photos:
-        top, left = ((extent - size) // 2 for extent in photo.shape[1:])
-        crops.append(photo[None, :, top : top + size, left : left + size].float() / 255)
-    pairs = {}
+    crops, pairs = central_squares(photos, size), {}
     for kind in KINDS:
         chain = [Degradation(SIMULATED[kind], 0.8)]
         pairs[kind] = (torch.cat([degrade(c, chain, 500 + i)[0] for i, c in enumerate(crops)]), torch.cat(crops))

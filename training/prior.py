@@ -24,7 +24,7 @@ from torch import nn
 from .. import models
 from ..errors import Cancelled
 from ..guidance.parametrisation import edm_c_in, edm_denoised, edm_time
-from .data import PhotoCrops, load_photos
+from .data import PhotoCrops, central_squares, load_photos
 from .muon import MuonWithAdamW
 from .trainer import Settings, Stage, Trainer, export, psnr
 
@@ -111,16 +111,6 @@ class PriorTrainer(Trainer):
         return scores
 
 
-def crops_of(photos: Sequence[torch.Tensor], size: int) -> torch.Tensor:
-    """The central squares of photographs, [N, 3, size, size] in 0..1; smaller photographs are left out."""
-    squares = []
-    for photo in photos:
-        if min(photo.shape[1:]) >= size:
-            top, left = ((extent - size) // 2 for extent in photo.shape[1:])
-            squares.append(photo[:, top : top + size, left : left + size].float() / 255)
-    return torch.stack(squares)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m comfyui_mend.training.prior", description=__doc__)
@@ -143,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         validate_every=600,
     )
     crops = PhotoCrops(load_photos(chosen.photos / "train"))
-    held_out = crops_of(load_photos(chosen.photos / "validation"), settings.validation_size)
+    held_out = torch.cat(central_squares(load_photos(chosen.photos / "validation"), settings.validation_size))
     trainer = PriorTrainer(
         module,
         CleanCrops(crops, torch.Generator().manual_seed(chosen.seed)),

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .. import models
 from ..errors import Cancelled, CheckpointError, ConfigError
 from ..models.layers.padding import crop, pad_to_multiple
-from .data import VALIDATION, PairStream
+from .data import VALIDATION, PairStream, central_squares
 from .degradations import degrade
 from .muon import MuonWithAdamW
 from .objectives.restoration import Restoration
@@ -108,12 +108,7 @@ def validation_set(
     photos: Sequence[torch.Tensor], size: int, cases: Mapping[str, Sequence[Any]] = VALIDATION
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Per case the damaged and the clean central crops [N, 3, size, size]; always the same."""
-
-    def centre(photo: torch.Tensor) -> torch.Tensor:
-        top, left = ((extent - size) // 2 for extent in photo.shape[1:])
-        return photo[None, :, top : top + size, left : left + size].float() / 255
-
-    clean = [centre(p) for p in photos if min(p.shape[1:]) >= size]
+    clean = central_squares(photos, size)
     return {
         name: (torch.cat([degrade(c, chain, 1000 + i)[0] for i, c in enumerate(clean)]), torch.cat(clean))
         for name, chain in cases.items()

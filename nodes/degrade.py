@@ -8,6 +8,7 @@ from ..engine import host
 from ..training.degradations import KINDS, Degradation, degrade, describe, parse
 from .api import advanced, io
 from .images import as_image, channels_first
+from .inputs import seed_input
 
 _NONE = "none"
 
@@ -47,14 +48,9 @@ class DegradeImage(io.ComfyNode):
                 io.Image.Input("image", tooltip="Clean pictures, any size. Transparency is kept as it is."),
                 _kind("degradation", "rain", "first"),
                 _strength("strength", "first"),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Chooses the parameters and every streak, flake and grain. All pictures of a batch get the same "
-                    "parameters, each its own grain.",
+                seed_input(
+                    "Chooses the parameters and every streak, flake and grain. All pictures of a batch get the same "
+                    "parameters, each its own grain."
                 ),
                 _kind("second", _NONE, "next"),
                 _strength("second_strength", "second"),

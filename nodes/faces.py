@@ -8,7 +8,7 @@ from ..guidance.latent_diffusion import OSDFACE_TIMESTEP
 from . import sockets
 from .api import advanced, io
 from .images import as_image, as_mask, channels_first, connected_mask
-from .inputs import one_of
+from .inputs import one_of, seed_input
 
 OSDFACE = "Mend/faces/OSDFace"
 IN_TOKENIZER = "in the tokenizer's file"
@@ -51,14 +51,7 @@ def _latent_mode() -> list[io.Input]:
             tooltip="deterministic: the mean of the VAE's distribution, the same every time. drawn: a sample of it, as "
             "published; differs a little from seed to seed.",
         ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=(1 << 63) - 1,
-            control_after_generate=True,
-            tooltip="For drawn latents: the same seed gives the same picture.",
-        ),
+        seed_input("For drawn latents: the same seed gives the same picture.", most=(1 << 63) - 1),
     ]
 
 

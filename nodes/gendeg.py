@@ -13,7 +13,7 @@ from ..training import make_dataset
 from . import sockets
 from .api import advanced, io, ui
 from .images import as_image, channels_first
-from .inputs import ModelFile, one_of
+from .inputs import ModelFile, one_of, seed_input
 
 CATEGORY, OWN = "Mend/degradation/GenDeg", "Mend/degradation"
 KINDS = list(intensities.PRESETS)
@@ -47,10 +47,6 @@ def _sigma(default: float = 0.1) -> io.Input:
         "How unevenly it changes: standard deviation of |clean - damaged|. Small for a veil all over, larger than the mean "
         "for streaks and flakes.",
     )
-
-
-def _seed(tooltip: str) -> io.Input:
-    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)
 
 
 def _caption() -> io.Input:
@@ -236,7 +232,7 @@ class IntensitySampler(io.ComfyNode):
             "mean and deviation within its ranges. The same seed and number give the same intensity.",
             inputs=[
                 _kind(),
-                _seed("Chooses the sequence."),
+                seed_input("Chooses the sequence."),
                 io.Int.Input(
                     "index",
                     default=0,
@@ -449,7 +445,7 @@ class SynthesiseDegradation(io.ComfyNode):
                 _kind(),
                 _mu(0.0, "0 draws mean and deviation by the seed, as the training pairs of the degradation have them."),
                 _sigma(),
-                _seed("Chooses the damage; each picture of a batch gets its own."),
+                seed_input("Chooses the damage; each picture of a batch gets its own."),
                 _caption(),
                 advanced(
                     io.Int.Input(
@@ -529,7 +525,7 @@ class MakeDataset(io.ComfyNode):
                     max=8192,
                     tooltip="Larger photographs are shrunk to this longest side in pixels. 0: never.",
                 ),
-                _seed("Chooses all intensities and damages."),
+                seed_input("Chooses all intensities and damages."),
                 _degrader(),
                 io.Image.Input(
                     "image",

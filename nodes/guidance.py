@@ -8,7 +8,7 @@ from ..guidance import cm4ir, schedules
 from . import sockets
 from .api import advanced, io
 from .images import as_image
-from .inputs import ModelFile, model_input, precision_input
+from .inputs import ModelFile, model_input, precision_input, seed_input
 from .rdmd import RdmdSigmas, RdmdStart, RdmdStep, RdmdStrip, Regularise
 from .zero_shot_inputs import (
     CATEGORY,
@@ -24,7 +24,6 @@ from .zero_shot_inputs import (
     mu_input,
     noise_sign_input,
     prior_input,
-    seed_input,
     sigmas_input,
     sign_of,
     state_input,
@@ -121,7 +120,7 @@ class ZeroShotRestore(io.ComfyNode):
                     tooltip="CM4IR's published settings per task, for the nearest noise level. automatic: by the operator. "
                     "by hand: the start, gamma and zeta below.",
                 ),
-                seed_input("all noise"),
+                seed_input("Chooses all noise."),
                 io.Int.Input(
                     "steps",
                     default=0,
@@ -260,7 +259,7 @@ class StartFromMeasurement(io.ComfyNode):
             display_name="Start From Measurement",
             category=STEPS,
             description="CM4IR's first state: what the measurement says (pseudo-inverse, holes filled by medians) and noise.",
-            inputs=[prior_input(), measurement_input(), sigmas_input(), seed_input("the noise"), zeta_input()],
+            inputs=[prior_input(), measurement_input(), sigmas_input(), seed_input("Chooses the noise."), zeta_input()],
             outputs=[
                 io.Latent.Output("x", display_name="x", tooltip="The noisy state, in the prior's own space."),
                 io.Latent.Output(
@@ -364,7 +363,7 @@ class MixNoise(io.ComfyNode):
                 state_input("x0", "What the prior saw in it."),
                 sigmas_input(),
                 index_input(),
-                seed_input("the fresh noise: the same one for all steps"),
+                seed_input("Chooses the fresh noise: the same one for all steps."),
                 eta_input(),
                 noise_sign_input(),
             ],
@@ -399,7 +398,7 @@ class Cm4irStep(io.ComfyNode):
                 state_input("x", "The noisy state."),
                 sigmas_input(),
                 index_input(),
-                seed_input("the fresh noise: the same one for all steps"),
+                seed_input("Chooses the fresh noise: the same one for all steps."),
                 advanced(zeta_input()),
                 advanced(eta_input()),
                 advanced(mu_input()),

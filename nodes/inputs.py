@@ -17,6 +17,11 @@ def one_of(name: str, value: Any, options: Iterable[str]) -> bool | str:
     return True if value is None or value in options else f"{name}: {value!r} is not one of {', '.join(options)}"
 
 
+def seed_input(tooltip: str, most: int = 0xFFFFFFFFFFFFFFFF) -> io.Input:
+    """The seed of everything that a node draws, 0..most."""
+    return io.Int.Input("seed", default=0, min=0, max=most, control_after_generate=True, tooltip=tooltip)
+
+
 def model_input(tooltip: str, first: str = "") -> io.Input:
     """The choice of a model file, `first` chosen if it is there; the node that has it is a `ModelFile`."""
     files = host.model_files()

@@ -9,6 +9,7 @@ from ..guidance import operators, priors
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first, connected_mask
+from .inputs import seed_input
 
 CATEGORY = "Mend/zero-shot/operators"
 
@@ -181,14 +182,7 @@ class OperatorInpaint(io.ComfyNode):
                     step=0.05,
                     tooltip="Share of further pixels lost at random, as in the published tests (0.8).",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Chooses the scattered pixels.",
-                ),
+                seed_input("Chooses the scattered pixels."),
             ],
             outputs=_outputs(),
         )
@@ -266,14 +260,7 @@ class OperatorCompressedSensing(io.ComfyNode):
                     step=0.01,
                     tooltip="How much of the coefficients was measured.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Chooses the coefficients.",
-                ),
+                seed_input("Chooses the coefficients."),
             ],
             outputs=_outputs(),
         )
@@ -350,14 +337,7 @@ class Measure(io.ComfyNode):
                 sockets.Operator.Input("operator", tooltip="What happens to the picture."),
                 io.Image.Input("image", tooltip="Clean pictures; transparency is left out."),
                 _noise(default=0.05, tooltip="Standard deviation of the added noise; 0.05 is 12.75 of 255."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Chooses the noise.",
-                ),
+                seed_input("Chooses the noise."),
             ],
             outputs=[
                 sockets.Measurement.Output(

@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..guidance import rdmd, schedules
 from .api import advanced, io
 from .images import as_image
+from .inputs import seed_input
 from .zero_shot_inputs import (
     CATEGORY,
     STEPS,
@@ -22,7 +23,6 @@ from .zero_shot_inputs import (
     index_input,
     measurement_input,
     prior_input,
-    seed_input,
     state_input,
 )
 
@@ -81,7 +81,7 @@ class RdmdStart(io.ComfyNode):
             display_name="RDMD Start",
             category=STEPS,
             description="RDMD's first estimate (the picture as it was measured, enlarged if need be) and first noisy state.",
-            inputs=[prior_input(), measurement_input(), seed_input("the noise")],
+            inputs=[prior_input(), measurement_input(), seed_input("Chooses the noise.")],
             outputs=[
                 io.Latent.Output("u", display_name="u", tooltip="The running estimate."),
                 io.Latent.Output("x", display_name="x", tooltip="The noisy state of the diffusion chain."),
@@ -110,7 +110,7 @@ class RdmdStep(io.ComfyNode):
                 state_input("u", "The running estimate."),
                 state_input("x", "The noisy state."),
                 index_input(),
-                seed_input("the fresh noise: the same one for all steps"),
+                seed_input("Chooses the fresh noise: the same one for all steps."),
                 io.Int.Input(
                     "iterations", default=100, min=2, max=1000, tooltip="Of the whole chain; the same in all its steps."
                 ),
@@ -208,7 +208,7 @@ class RdmdStrip(io.ComfyNode):
             inputs=[
                 prior_input(),
                 measurement_input(),
-                seed_input("all noise"),
+                seed_input("Chooses all noise."),
                 io.Int.Input("count", default=3, min=2, max=9, tooltip="How many values of tau, from 0 to 1."),
                 io.Int.Input(
                     "iterations", default=100, min=2, max=1000, tooltip="Iterations of each; 100 as published."

@@ -9,6 +9,7 @@ from ..models import moce_routing
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first
+from .inputs import seed_input
 
 ACTIONS = ["force", "blend", "ban", "freeze frame", "average batch"]
 
@@ -36,16 +37,7 @@ class Route(io.ComfyNode):
                         "published evaluation.",
                     )
                 ),
-                advanced(
-                    io.Int.Input(
-                        "seed",
-                        default=0,
-                        min=0,
-                        max=0xFFFFFFFFFFFFFFFF,
-                        control_after_generate=True,
-                        tooltip="Seed of that noise; does nothing at noise 0.",
-                    )
-                ),
+                advanced(seed_input("Seed of that noise; does nothing at noise 0.")),
             ],
             outputs=[
                 sockets.Routing.Output("routing", display_name="routing", tooltip="One decision per block and picture.")

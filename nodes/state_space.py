@@ -9,7 +9,7 @@ from ..models.mambairv2 import ROUTE_MODES
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first
-from .inputs import Precision, one_of, precision_input
+from .inputs import Precision, one_of, precision_input, seed_input
 
 MODES = list(ROUTE_MODES)
 BACKENDS = ["auto", *kernels.NAMES]
@@ -65,13 +65,9 @@ class RouteMode(io.ComfyNode):
                     tooltip="argmax: the most probable class, always the same picture. sample: drawn as in the published "
                     "code, but repeatable. mean: the average over several draws, slower by their number.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Seed of the draws; all pictures of a batch or video share them. Does nothing for argmax.",
+                seed_input(
+                    "Seed of the draws; all pictures of a batch or video share them. Does nothing for argmax.",
+                    most=0xFFFFFFFFFFFF,
                 ),
                 advanced(
                     io.Int.Input("samples", default=4, min=1, max=64, tooltip="For mean: how many draws to average.")

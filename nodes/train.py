@@ -7,7 +7,7 @@ from ..training import finetune
 from . import sockets
 from .api import advanced, io
 from .images import as_image
-from .inputs import one_of
+from .inputs import one_of, seed_input
 
 CATEGORY = "Mend/training"
 
@@ -51,14 +51,7 @@ class TrainRestorer(io.ComfyNode):
                     "and darkness better and take longer.",
                 ),
                 io.Int.Input("batch", default=4, min=1, max=256, tooltip="Crops a step."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Chooses crops, damage and everything else that is drawn.",
-                ),
+                seed_input("Chooses crops, damage and everything else that is drawn.", most=0xFFFFFFFF),
                 io.String.Input(
                     "name", default="restorer", tooltip="Name of the run's folder below output/mend/training."
                 ),

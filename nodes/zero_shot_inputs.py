@@ -18,12 +18,6 @@ def as_latent(samples: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"samples": samples.to(host.intermediate_device(), torch.float32)}
 
 
-def seed_input(what: str) -> io.Int.Input:
-    return io.Int.Input(
-        "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=f"Chooses {what}."
-    )
-
-
 def prior_input() -> io.Input:
     return sockets.Prior.Input("prior", tooltip="From Load Prior, Prior From Model or Prior From Restorer.")
 

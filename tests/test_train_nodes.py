@@ -111,7 +111,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, name):
 def test_the_best_validated_weights_are_kept(tmp_path):
     one = tuner(tmp_path, steps=3, validate_steps=1)
     scores = iter([10.0, 30.0, 20.0])
-    one._validate = lambda: {"noise": next(scores)}
+    one.evaluate = lambda: {"noise": next(scores)}
     snapshots = []
     result = one.train(lambda t, v: snapshots.append({k: x.clone() for k, x in t.average.state_dict().items()}))
     assert one.progress.best == 30.0 and one.scores() == {"noise": 30.0}

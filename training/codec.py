@@ -268,7 +268,7 @@ class CodecTrainer(Trainer):
             parameter.copy_(torch.lerp(before, parameter, share.expand_as(parameter)))
 
     @torch.inference_mode()
-    def score(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Per case and quality: estimated bits per pixel and PSNR to the clean picture; the mean lead over JPEG."""
         scores: dict[str, float] = {}
         for name, (damaged, clean) in self.validation.items():
@@ -283,8 +283,6 @@ class CodecTrainer(Trainer):
                 scores[f"{name} q{quality} bpp"] = float(np.mean(rates))
                 scores[f"{name} q{quality} dB"] = float(np.mean(values))
                 scores[f"{name} q{quality} over JPEG"] = float(np.mean(leads))
-        self.progress.scores = scores
-        self._log({"validation": {k: round(v, 3) for k, v in scores.items()}})
         return scores
 
     def _jpeg(self, case: str, index: int, image: torch.Tensor, target: torch.Tensor, rate: float) -> float:

@@ -91,12 +91,8 @@ class Denoising:
 class DegradationTrainer(Trainer):
     """Validates by the model's own loss at fixed levels; 1 is what a model that knows nothing has."""
 
-    validation: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-
-    def score(self) -> dict[str, float]:
-        self.progress.scores = validate(self.average, self.validation)
-        self._log({"validation": {k: round(v, 4) for k, v in self.progress.scores.items()}})
-        return self.progress.scores
+    def evaluate(self) -> dict[str, float]:
+        return mean_losses(self.average, self.validation)
 
 
 def validation_pairs(photos: Sequence[torch.Tensor], size: int = 128) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -109,7 +105,7 @@ def validation_pairs(photos: Sequence[torch.Tensor], size: int = 128) -> dict[st
 
 
 @torch.inference_mode()
-def validate(
+def mean_losses(
     module: DegradationModel, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], levels: Sequence[float] = LEVELS
 ) -> dict[str, float]:
     """Mean loss of every kind over pairs and noise levels, with the same noise each time."""
@@ -133,11 +129,11 @@ def report(
 ) -> list[str]:
     """A table: for each kind, damage is made with the intensities of `pairs`, and compared with theirs.
 
-    Loss: `validate`; then the mean of sigma asked for and found (mu is met by construction), and how often the starter
+    Loss: `mean_losses`; then the mean of sigma asked for and found (mu is met by construction), and how often the starter
     classifier names the kind, on the simulated pictures and on those of the model.
     """
     judge = models.load(classifier)
-    labels, losses = list(judge.config["labels"]), validate(module, pairs)
+    labels, losses = list(judge.config["labels"]), mean_losses(module, pairs)
     lines = [
         "| kind | loss | sigma asked | found | named right, simulated | named right, model |",
         "|---|---|---|---|---|---|",

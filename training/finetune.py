@@ -149,7 +149,7 @@ class FineTuner(Trainer):
         self.validations: list[tuple[int, float]] = []
         self.best_weights: dict[str, torch.Tensor] | None = None
         self._best_scores: dict[str, float] = {}
-        self.before = self._validate() if distributed.leads() else {}
+        self.before = self.evaluate() if distributed.leads() else {}
         self._shown = self._pick(4)
         self._first = [self._restore(s.damaged) for s in self._shown] if distributed.leads() else []
         if distributed.leads():
@@ -252,7 +252,8 @@ class FineTuner(Trainer):
         with torch.inference_mode(False):
             return restored[0].float().cpu().clone()
 
-    def _validate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
+        """Mean PSNR in dB of each label's held-out pairs."""
         found: dict[str, list[float]] = {}
         for sample in self.samples:
             value = psnr(self._restore(sample.damaged).clamp(0, 1)[None], sample.clean[None])
@@ -260,14 +261,12 @@ class FineTuner(Trainer):
         return {label: sum(values) / len(values) for label, values in found.items()}
 
     def score(self) -> dict[str, float]:
-        """Validates the averaged weights, logs the scores and remembers the best."""
+        """As every trainer's, once a step; also remembers the best weights."""
         if not distributed.leads() or (self.validations and self.validations[-1][0] == self.progress.step):
             return self.progress.scores
-        scores = self._validate()
-        self.progress.scores = scores
+        scores = super().score()
         mean = sum(scores.values()) / len(scores) if scores else math.nan
         self.validations.append((self.progress.step, mean))
-        self._log({"validation": {k: round(v, 3) for k, v in scores.items()}})
         if self.best_weights is None or mean > self.progress.best:
             self.progress.best = mean
             self._best_scores = scores

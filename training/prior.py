@@ -97,7 +97,7 @@ class PriorTrainer(Trainer):
         )
 
     @torch.inference_mode()
-    def score(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         clean, scores = self.validation["clean"], {}
         for level in LEVELS:
             generator, values = torch.Generator().manual_seed(1000), []
@@ -106,8 +106,6 @@ class PriorTrainer(Trainer):
                 x0 = denoise(self.average, x, torch.tensor([level]))
                 values.append(psnr((x0 / 2 + 0.5).clamp(0, 1), picture))
             scores[f"sigma {level}"] = float(torch.cat(values).mean())
-        self.progress.scores = scores
-        self._log({"validation": {k: round(v, 3) for k, v in scores.items()}})
         return scores
 
 

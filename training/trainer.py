@@ -90,7 +90,7 @@ class Settings:
 
 @dataclass
 class Progress:
-    """Where a run stands. `seconds` is time spent training."""
+    """Where a run stands. `seconds` is time spent training; `best` the mean score of weights that a trainer keeps as such."""
 
     step: int = 0
     seconds: float = 0.0
@@ -279,12 +279,14 @@ class Trainer:
         self.save()
         return self.progress.scores
 
+    def evaluate(self) -> dict[str, float]:
+        """Scores of the averaged weights by name; none where there is nothing to validate with."""
+        return validate(self.average, self.validation)
+
     def score(self) -> dict[str, float]:
-        """Validates the averaged weights, and logs the scores."""
-        if self.validation:
-            scores = validate(self.average, self.validation)
+        """Evaluates the averaged weights; keeps and logs the scores, if there are any."""
+        if scores := self.evaluate():
             self.progress.scores = scores
-            self.progress.best = max(self.progress.best, sum(scores.values()) / len(scores))
             self._log({"validation": {k: round(v, 3) for k, v in scores.items()}})
         return self.progress.scores
 

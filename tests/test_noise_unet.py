@@ -91,7 +91,14 @@ def test_a_few_steps_of_training_learn_to_denoise_and_resume(tmp_path) -> None:
         return training.PriorTrainer(
             models.create("noise-unet", SMALL),
             training.CleanCrops(training.PhotoCrops(photos), torch.Generator().manual_seed(0)),
-            training.Settings(steps=30, learning_rate=5e-3, warmup_steps=1, stages=(training.Stage(0, 32, 4),)),
+            training.Settings(
+                steps=30,
+                learning_rate=5e-3,
+                warmup_steps=1,
+                stages=(training.Stage(0, 32, 4),),
+                optimizer="muon",
+                first_and_last=training.FIRST_AND_LAST,
+            ),
             tmp_path,
             training.Denoising(),
             validation={"clean": torch.cat(training.central_squares(photos, 32))},

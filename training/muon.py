@@ -6,7 +6,6 @@ only: dense convolutions are handed to it as matrices [out, kernel height x kern
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,13 +38,12 @@ class MuonWithAdamW:
         lr: float,
         betas: tuple[float, float],
         weight_decay: float,
-        first_and_last: Iterable[str] = ("patch_embed", "output"),
+        first_and_last: tuple[str, ...],
     ) -> None:
-        prefixes = tuple(first_and_last)
         hidden = {
             id(layer.weight): layer.weight
             for name, layer in module.named_modules()
-            if hasattr(layer, "weight") and _is_hidden_matrix(name, layer, prefixes)
+            if hasattr(layer, "weight") and _is_hidden_matrix(name, layer, first_and_last)
         }
         self.weights = list(hidden.values())
         self.matrices = [nn.Parameter(_as_matrix(weight.data)) for weight in self.weights]

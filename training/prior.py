@@ -25,7 +25,6 @@ from .. import models
 from ..errors import Cancelled
 from ..guidance.parametrisation import edm_c_in, edm_denoised, edm_time
 from .data import PhotoCrops, central_squares, load_photos
-from .muon import MuonWithAdamW
 from .trainer import Settings, Stage, Trainer, export, psnr
 
 logger = logging.getLogger(__name__)
@@ -34,6 +33,7 @@ SYSTEM = "noise-unet"
 CONFIG: dict[str, Any] = {"channels": 3, "widths": [48, 80, 128], "blocks": [1, 2, 2], "embedding": 64}
 NAME = "mend-prior-starter.safetensors"
 STAGES = (Stage(0.0, 64, 8), Stage(0.5, 96, 4), Stage(0.85, 128, 3))
+FIRST_AND_LAST = ("head", "tail", "embed")
 LEVELS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 """Noise levels, for pictures in -1..1, at which a run is scored."""
 _MEDIAN, _SPREAD = 0.22, 1.2
@@ -85,16 +85,7 @@ class CleanCrops:
 
 
 class PriorTrainer(Trainer):
-    """A run with Muon, scored by how well pictures are denoised at fixed levels. `validation`: [N, 3, H, W] in 0..1.
-
-    Muon took less than half of AdamW's steps to the same loss, at a quarter more time each.
-    """
-
-    def __init__(self, module: nn.Module, crops: CleanCrops, settings: Settings, *rest: Any, **options: Any) -> None:
-        super().__init__(module, crops, settings, *rest, **options)
-        self.optimizer = MuonWithAdamW(
-            self.module, settings.learning_rate, settings.betas, settings.weight_decay, ("head", "tail", "embed")
-        )
+    """Scored by how well pictures are denoised at fixed levels. `validation`: [N, 3, H, W] in 0..1."""
 
     @torch.inference_mode()
     def evaluate(self) -> dict[str, float]:
@@ -127,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         learning_rate=chosen.learning_rate,
         stages=STAGES,
         seed=chosen.seed,
+        optimizer="muon",  # measured: less than half of AdamW's steps to the same loss, at a quarter more time each
+        first_and_last=FIRST_AND_LAST,
         autocast=True,  # measured: 1.7 to 2.2 times the speed of float32 on a CPU with avx512_bf16
         validate_every=600,
     )

@@ -72,6 +72,8 @@ class Settings:
     seed: int = 0
     optimizer: str = "adamw"
     """"adamw", or "muon": Muon for the matrices (see `training.muon`), which takes fewer steps."""
+    first_and_last: tuple[str, ...] = ("patch_embed", "output")
+    """Name prefixes of the layers from and to pictures, which Muon leaves to AdamW."""
     autocast: bool = False
     channels_last: bool = True
     save_every: float = 120.0
@@ -134,7 +136,7 @@ def validate(
 def _optimizer(module: nn.Module, settings: Settings) -> torch.optim.Optimizer | MuonWithAdamW:
     options = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
     if settings.optimizer == "muon":
-        return MuonWithAdamW(module, **options)
+        return MuonWithAdamW(module, **options, first_and_last=settings.first_and_last)
     if settings.optimizer != "adamw":
         raise ConfigError(f"training: there is no optimizer {settings.optimizer!r}; adamw or muon")
     return torch.optim.AdamW(module.parameters(), **options, foreach=True)

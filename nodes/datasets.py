@@ -10,6 +10,7 @@ from ..training import datasets
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first
+from .inputs import accepted, first_problem
 
 CATEGORY = "Mend/training"
 SLOTS = 4
@@ -87,22 +88,12 @@ def _newest(path: Path) -> str:
     )
 
 
-def _checked(check: Any, value: Any) -> bool | str:
-    """What `validate_inputs` returns where `check(value)` raises; None means that a wire brings the value."""
-    try:
-        if value is not None:
-            check(value)
-    except Exception as error:
-        return str(error)
-    return True
-
-
 class _FolderNode:
     """Mixin: the folder exists; the node runs again when something in it changed."""
 
     @classmethod
     def validate_inputs(cls, folder: str | None) -> bool | str:
-        return _checked(train.input_folder, folder)
+        return accepted(train.input_folder, folder)
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, **others: Any) -> str:
@@ -156,8 +147,8 @@ class CleanFolder(_FolderNode, io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, folder: str | None, degradations: str | None) -> bool | str:
-        found = _checked(train.input_folder, folder)
-        return found if found is not True else _checked(datasets.tasks_from_text, degradations)
+        tasks = accepted(datasets.tasks_from_text, degradations)
+        return first_problem(super().validate_inputs(folder), tasks)
 
     @classmethod
     def execute(cls, folder, degradations="noise", held_out=0.1, shown=8, crop=96) -> io.NodeOutput:
@@ -195,7 +186,7 @@ class DatasetFromImages(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, degradations: str | None) -> bool | str:
-        return _checked(datasets.tasks_from_text, degradations)
+        return accepted(datasets.tasks_from_text, degradations)
 
     @classmethod
     def execute(
@@ -206,7 +197,7 @@ class DatasetFromImages(io.ComfyNode):
         return _show(datasets.images(channels_first(clean), twins, tasks, label, held_out), shown, crop)
 
 
-class DatasetManifest(io.ComfyNode):
+class DatasetManifest(_FolderNode, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -242,10 +233,6 @@ class DatasetManifest(io.ComfyNode):
             ],
             outputs=_dataset_outputs(),
         )
-
-    @classmethod
-    def validate_inputs(cls, folder: str | None) -> bool | str:
-        return _checked(train.input_folder, folder)
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, **others: Any) -> str:

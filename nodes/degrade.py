@@ -8,7 +8,7 @@ from ..engine import host
 from ..training.degradations import KINDS, Degradation, degrade, describe, parse
 from .api import advanced, io
 from .images import as_image, channels_first
-from .inputs import seed_input
+from .inputs import accepted, seed_input
 
 _NONE = "none"
 
@@ -74,11 +74,7 @@ class DegradeImage(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, recipe: str) -> bool | str:
-        try:
-            parse(recipe or "")
-        except Exception as error:
-            return str(error)
-        return True
+        return accepted(parse, recipe)
 
     @classmethod
     def execute(

@@ -6,7 +6,7 @@ from ..engine import ensemble, uncertainty
 from . import sockets
 from .api import advanced, io
 from .images import as_image, as_mask, channels_first
-from .inputs import Precision, one_of, tiling_inputs
+from .inputs import Precision, first_problem, one_of, tiling_inputs
 
 COUNTS = {"2 (mirrored)": 2, "4 (mirrored both ways)": 4, "8 (and turned)": 8}
 
@@ -55,8 +55,7 @@ class SelfEnsemble(Precision, io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, precision: str | None, ways: str | None) -> bool | str:
-        problem = one_of("ways", ways, COUNTS)
-        return super().validate_inputs(precision) if problem is True else problem
+        return first_problem(one_of("ways", ways, COUNTS), super().validate_inputs(precision))
 
     @classmethod
     def execute(

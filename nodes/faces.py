@@ -8,7 +8,7 @@ from ..guidance.latent_diffusion import OSDFACE_TIMESTEP
 from . import sockets
 from .api import advanced, io
 from .images import as_image, as_mask, channels_first, connected_mask
-from .inputs import one_of, seed_input
+from .inputs import accepted, first_problem, one_of, seed_input
 
 OSDFACE = "Mend/faces/OSDFace"
 IN_TOKENIZER = "in the tokenizer's file"
@@ -20,14 +20,6 @@ WITHOUT_FACES = ["stop", "carry on"]
 def _fingerprint(*names: str | None) -> str:
     states = [host.lora_path(name).stat() for name in names if name not in (None, IN_TOKENIZER)]
     return ":".join(f"{state.st_mtime_ns}:{state.st_size}" for state in states)
-
-
-def _exists(*names: str | None) -> bool | str:
-    try:
-        _fingerprint(*names)
-    except Exception as error:
-        return str(error)
-    return True
 
 
 def _timestep() -> io.Input:
@@ -87,7 +79,8 @@ class LoadFaceEmbedder(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, tokenizer: str | None, projection: str | None) -> bool | str:
-        return _exists(tokenizer, projection)
+        own_file = None if projection == IN_TOKENIZER else projection
+        return first_problem(accepted(host.lora_path, tokenizer), accepted(host.lora_path, own_file))
 
     @classmethod
     def fingerprint_inputs(cls, tokenizer: str, projection: str) -> str:
@@ -177,7 +170,7 @@ class FaceLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name: str | None) -> bool | str:
-        return _exists(lora_name)
+        return accepted(host.lora_path, lora_name)
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **others) -> str:
@@ -308,8 +301,7 @@ class RestoreFaces(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, latent: str | None, colour_fix: str | None) -> bool | str:
-        checks = one_of("latent", latent, LATENTS), one_of("colour_fix", colour_fix, COLOURS)
-        return next((check for check in checks if check is not True), True)
+        return first_problem(one_of("latent", latent, LATENTS), one_of("colour_fix", colour_fix, COLOURS))
 
     @classmethod
     def execute(

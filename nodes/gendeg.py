@@ -13,7 +13,7 @@ from ..training import make_dataset
 from . import sockets
 from .api import advanced, io, ui
 from .images import as_image, channels_first
-from .inputs import ModelFile, one_of, seed_input
+from .inputs import ModelFile, accepted, one_of, seed_input
 
 CATEGORY, OWN = "Mend/degradation/GenDeg", "Mend/degradation"
 KINDS = list(intensities.PRESETS)
@@ -103,12 +103,7 @@ class LoadGenDeg(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name: str | None) -> bool | str:
-        try:
-            if model_name is not None:
-                gendeg.checkpoint_path(model_name)
-        except Exception as error:
-            return str(error)
-        return True
+        return accepted(gendeg.checkpoint_path, model_name)
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, averaged: bool) -> str:

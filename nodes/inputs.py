@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..engine import host
@@ -15,6 +15,21 @@ def one_of(name: str, value: Any, options: Iterable[str]) -> bool | str:
     """What `validate_inputs` returns for a choice; None means that a wire brings the value, which is not known yet."""
     options = list(options)
     return True if value is None or value in options else f"{name}: {value!r} is not one of {', '.join(options)}"
+
+
+def accepted(check: Callable[[Any], Any], value: Any) -> bool | str:
+    """What `validate_inputs` returns where `check(value)` raises if it refuses the value; None as for `one_of`."""
+    try:
+        if value is not None:
+            check(value)
+    except Exception as error:
+        return str(error)
+    return True
+
+
+def first_problem(*checks: bool | str) -> bool | str:
+    """What `validate_inputs` returns for several checks: the first that is not True, or True."""
+    return next((check for check in checks if check is not True), True)
 
 
 def seed_input(tooltip: str, most: int = 0xFFFFFFFFFFFFFFFF) -> io.Input:
@@ -34,12 +49,7 @@ class ModelFile:
 
     @classmethod
     def validate_inputs(cls, model_name: str | None) -> bool | str:
-        try:
-            if model_name is not None:
-                host.model_path(model_name)
-        except Exception as error:
-            return str(error)
-        return True
+        return accepted(host.model_path, model_name)
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **others: Any) -> str:

@@ -15,7 +15,7 @@ from ..training.objectives.recipes import (
 )
 from . import sockets
 from .api import advanced, io
-from .inputs import one_of
+from .inputs import first_problem, one_of
 
 CATEGORY = "Mend/training"
 SLOTS = 4
@@ -125,8 +125,7 @@ class Uncertainty(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, tasks: str | None, accumulate: str | None) -> bool | str:
-        found = one_of("tasks", tasks, _TUR_SETTINGS)
-        return found if found is not True else one_of("accumulate", accumulate, _ACCUMULATE)
+        return first_problem(one_of("tasks", tasks, _TUR_SETTINGS), one_of("accumulate", accumulate, _ACCUMULATE))
 
     @classmethod
     def execute(cls, tasks="data set", accumulate="as published") -> io.NodeOutput:

@@ -7,7 +7,7 @@ from ..training import finetune
 from . import sockets
 from .api import advanced, io
 from .images import as_image
-from .inputs import one_of, seed_input
+from .inputs import first_problem, one_of, seed_input
 
 CATEGORY = "Mend/training"
 
@@ -102,8 +102,7 @@ class TrainRestorer(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, keep: str | None, precision: str | None) -> bool | str:
-        found = one_of("keep", keep, finetune.KEEP)
-        return found if found is not True else one_of("precision", precision, train.PRECISIONS)
+        return first_problem(one_of("keep", keep, finetune.KEEP), one_of("precision", precision, train.PRECISIONS))
 
     @classmethod
     def execute(

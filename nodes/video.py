@@ -12,7 +12,7 @@ from ..engine.stabiliser import TOLERANCE
 from ..engine.video import CODECS, VIDEO_SUFFIXES
 from . import sockets
 from .api import VideoFile, advanced, io, ui
-from .inputs import PRECISIONS, one_of, tiling_inputs
+from .inputs import PRECISIONS, accepted, first_problem, one_of, tiling_inputs
 
 NO_FILE = "none"
 
@@ -135,8 +135,7 @@ class RestoreVideo(io.ComfyNode):
     def validate_inputs(cls, video: str | None, codec: str | None, precision: str | None) -> bool | str:
         if video not in (None, NO_FILE) and folders.input_path(video) is None:
             return f"video: there is no file {video!r} in the input folder"
-        checks = (one_of("codec", codec, CODECS), one_of("precision", precision, PRECISIONS))
-        return next((check for check in checks if check is not True), True)
+        return first_problem(one_of("codec", codec, CODECS), one_of("precision", precision, PRECISIONS))
 
     @classmethod
     def fingerprint_inputs(cls, video: str, **others: object) -> str:
@@ -228,17 +227,12 @@ class RestoreFolder(io.ComfyNode):
     def validate_inputs(
         cls, source: str | None, format: str | None, codec: str | None, precision: str | None
     ) -> bool | str:
-        checks = (
+        return first_problem(
+            accepted(folders.require_input_directory, source),
             one_of("format", format, FORMATS),
             one_of("codec", codec, CODECS),
             one_of("precision", precision, PRECISIONS),
         )
-        if source is not None:
-            try:
-                folders.require_input_directory(source)
-            except Exception as error:
-                return str(error)
-        return next((check for check in checks if check is not True), True)
 
     @classmethod
     def fingerprint_inputs(cls, source: str, **others: object) -> str:

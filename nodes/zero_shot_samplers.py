@@ -6,6 +6,7 @@ from ..engine import comfy_sampling, zero_shot
 from ..errors import InputError
 from . import sockets
 from .api import advanced, io
+from .inputs import accepted
 from .rdmd import rdmd_weights, renewal_input
 from .zero_shot_inputs import eta_input, measurement_input, mu_input, noise_sign_input, sign_of, zeta_input
 
@@ -121,11 +122,7 @@ class SamplerCm4ir(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, deltas: str | None = "") -> bool | str:
-        try:
-            _numbers(deltas or "")
-        except InputError as error:
-            return str(error)
-        return True
+        return accepted(_numbers, deltas)
 
     @classmethod
     def execute(

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from comfyui_mend.nodes import node_classes
-from comfyui_mend.nodes.inputs import PRECISIONS, ModelFile, one_of
+from comfyui_mend.nodes.inputs import PRECISIONS, ModelFile, accepted, first_problem, one_of
 
 NODES = node_classes()
 
@@ -17,6 +17,14 @@ def test_a_choice_is_checked_unless_a_wire_brings_it():
     assert one_of("mode", "a", ["a", "b"]) is True
     assert one_of("mode", None, ["a", "b"]) is True
     assert one_of("mode", "c", {"a": 1, "b": 2}) == "mode: 'c' is not one of a, b"
+
+
+def test_of_several_checks_the_first_problem_is_told():
+    assert first_problem(accepted(int, "1"), accepted(int, None)) is True
+    assert (
+        first_problem(True, accepted(int, "a"), one_of("mode", "c", ["a"]))
+        == "invalid literal for int() with base 10: 'a'"
+    )
 
 
 @pytest.mark.parametrize("node", [n for n in NODES if issubclass(n, ModelFile)])

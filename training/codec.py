@@ -23,11 +23,13 @@ from torch import nn
 
 from .. import models
 from ..codec.rates import pillow_curve
+from ..errors import Cancelled
 from ..models.aio_codec import LATENT_STRIDE, QUALITIES, AllInOneCodec, HybridBlock, UpsampleBlock
 from .accelerate import accelerate
 from .data import VALIDATION, PairStream, PhotoCrops, Task, central_crop, load_photos
 from .degradations import Degradation
 from .objectives.rate_distortion import LogRateDistortion
+from .stopping import stop_request
 from .trainer import Settings, Stage, Trainer, export, psnr, validation_set
 
 logger = logging.getLogger(__name__)
@@ -348,7 +350,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         inputs=input_sizes(codec, pictures[:8]),
     )
     trainer.resume()
-    trainer.run(bar=False)
+    try:
+        with stop_request() as should_stop:
+            trainer.run(should_stop, bar=False)
+    except Cancelled as error:
+        logger.info("%s", error)
+        return 1
     progress = {"step": trainer.progress.step, "seconds": trainer.progress.seconds, "scores": trainer.progress.scores}
     save_weights(trainer.average, options.out / NAME, CONFIG, progress)
     return 0

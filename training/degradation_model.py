@@ -27,6 +27,7 @@ from ..models.dcpt_classifier import classify
 from ..models.degradation_model import KINDS, DegradationModel
 from .data import PairStream, PhotoCrops, Task, central_squares, load_photos
 from .degradations import Degradation, degrade
+from .stopping import stop_request
 from .trainer import Settings, Stage, Trainer, export
 
 logger = logging.getLogger(__name__)
@@ -198,9 +199,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer.resume()
     if not options.export:
         try:
-            trainer.run()
-        except (Cancelled, KeyboardInterrupt):
-            trainer.save()
+            with stop_request() as should_stop:
+                trainer.run(should_stop)
+        except Cancelled as error:
+            logger.info("%s", error)
             return 1
     if not trainer.progress.scores:
         trainer.score()

@@ -11,9 +11,7 @@ import argparse
 import json
 import logging
 import math
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from .. import models
 from ..errors import Cancelled
 from ..guidance.parametrisation import edm_c_in, edm_denoised, edm_time
 from .data import PhotoCrops, central_squares, load_photos
+from .stopping import stop_request
 from .trainer import Settings, Stage, Trainer, export, psnr
 
 logger = logging.getLogger(__name__)
@@ -134,11 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         validation={"clean": held_out},
     )
     trainer.resume()
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     try:
-        trainer.run(stop.is_set, bar=sys.stderr.isatty())
+        with stop_request() as should_stop:
+            trainer.run(should_stop, bar=sys.stderr.isatty())
     except Cancelled as error:
         logger.info("%s", error)
     progress = trainer.progress

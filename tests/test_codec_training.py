@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -81,8 +80,7 @@ def test_a_run_learns_validates_goes_on_and_exports(codec, tmp_path) -> None:
     assert 0 < (codec.N_dim_compress.weight - before).abs().max() < 1e-3
     again = trainer(models.create("aio-codec", SMALL), 3)
     assert again.resume() and again.progress.step == 2
-    progress = dataclasses.asdict(again.progress)
-    starter.save_weights(again.average, tmp_path / "codec.safetensors", SMALL, progress)
+    starter.save_weights(again.average, tmp_path / "codec.safetensors", SMALL, again.progress)
     loaded = models.load(tmp_path / "codec.safetensors")
     assert loaded.architecture.id == "aio-codec" and "denoise" in loaded.tasks
 

@@ -17,7 +17,7 @@ from .accelerate import accelerate
 from .data import PhotoCrops, load_photos
 from .starters import STARTERS
 from .stopping import stop_request
-from .trainer import Settings, Trainer, export, read_export
+from .trainer import Progress, Settings, Trainer, export, read_export
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +101,9 @@ def _export(arguments: argparse.Namespace) -> int:
     config, recipe = provenance.pop("config"), STARTERS[provenance.pop("which", "moce-ir")]
     module = models.create(recipe.system, config)
     module.load_state_dict(state["average"])
-    progress = state["progress"]
-    training = {**provenance, "steps": progress["step"], "minutes": round(progress["seconds"] / 60, 1)}
-    export(module, arguments.file, recipe.system, config, recipe.restores, {**training, "psnr": progress["scores"]})
+    progress = Progress(**state["progress"])
+    training = {**provenance, **progress.spent(), "psnr": progress.scores}
+    export(module, arguments.file, recipe.system, config, recipe.restores, training)
     return 0
 
 

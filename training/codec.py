@@ -30,7 +30,7 @@ from .data import VALIDATION, PairStream, PhotoCrops, Task, central_crop, load_p
 from .degradations import Degradation
 from .objectives.rate_distortion import LogRateDistortion
 from .stopping import stop_request
-from .trainer import Settings, Stage, Trainer, export, psnr, validation_set
+from .trainer import Progress, Settings, Stage, Trainer, export, psnr, validation_set
 
 logger = logging.getLogger(__name__)
 
@@ -303,13 +303,12 @@ def sample_pictures(photos: Sequence[torch.Tensor], side: int = 512) -> list[tor
     return [central_crop(photo, side, LATENT_STRIDE)[None].float() / 255 for photo in photos]
 
 
-def save_weights(codec: nn.Module, path: Path, config: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
+def save_weights(codec: nn.Module, path: Path, config: Mapping[str, Any], progress: Progress) -> None:
     """Writes the weights as `Load Codec` reads them."""
     training = {
-        "steps": progress["step"],
-        "minutes": round(progress["seconds"] / 60, 1),
+        **progress.spent(),
         "lambda": WEIGHTS,
-        "scores": {name: round(value, 3) for name, value in progress["scores"].items()},
+        "scores": {name: round(value, 3) for name, value in progress.scores.items()},
     }
     export(codec, path, "aio-codec", json.loads(json.dumps(dict(config))), RESTORES, training)
 
@@ -356,8 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Cancelled as error:
         logger.info("%s", error)
         return 1
-    progress = {"step": trainer.progress.step, "seconds": trainer.progress.seconds, "scores": trainer.progress.scores}
-    save_weights(trainer.average, options.out / NAME, CONFIG, progress)
+    save_weights(trainer.average, options.out / NAME, CONFIG, trainer.progress)
     return 0
 
 

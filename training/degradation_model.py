@@ -217,8 +217,7 @@ def write(trainer: Trainer, path: Path, photos: int) -> None:
     progress = trainer.progress
     provenance = {
         "photos": photos,
-        "steps": progress.step,
-        "minutes": round(progress.seconds / 60, 1),
+        **progress.spent(),
         "validation loss": {k: round(v, 4) for k, v in progress.scores.items()},
     }
     config = json.loads(json.dumps(CONFIG))

@@ -141,8 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     progress = trainer.progress
     training = {
         "photos": len(crops.photos),
-        "steps": progress.step,
-        "minutes": round(progress.seconds / 60, 1),
+        **progress.spent(),
         "psnr": {name: round(value, 2) for name, value in progress.scores.items()},
     }
     export(trainer.average, chosen.out / NAME, SYSTEM, CONFIG, ("prior",), training)

@@ -99,6 +99,10 @@ class Progress:
     best: float = -math.inf
     scores: dict[str, float] = field(default_factory=dict)
 
+    def spent(self, digits: int = 1) -> dict[str, float]:
+        """Steps and minutes of training, for the provenance of weights."""
+        return {"steps": self.step, "minutes": round(self.seconds / 60, digits)}
+
 
 def psnr(image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of every image [B, C, H, W] (0..1): [B]."""

@@ -74,6 +74,10 @@ class PhotoCrops:
             crop = self._recolour(crop, generator)
         return crop.contiguous()
 
+    def batch(self, count: int, size: int, generator: torch.Generator) -> torch.Tensor:
+        """Crops [count, 3, size, size]."""
+        return torch.stack([self.sample(size, generator) for _ in range(count)])
+
     @staticmethod
     def _recolour(crop: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         gamma = math.exp(_uniform(generator, -0.25, 0.25))
@@ -219,7 +223,7 @@ class SuperResolutionStream:
 
     def batch(self, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         """The small and the clean batch, and the task of every pair. `size` is the clean one."""
-        clean = torch.stack([self.crops.sample(size, self.generator) for _ in range(count)])
+        clean = self.crops.batch(count, size, self.generator)
         return shrink(clean, self.scale), clean, [f"x{self.scale}"] * count
 
 

@@ -79,7 +79,7 @@ class CleanCrops:
         self.crops, self.generator = crops, generator
 
     def batch(self, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-        clean = torch.stack([self.crops.sample(size, self.generator) for _ in range(count)])
+        clean = self.crops.batch(count, size, self.generator)
         return clean, clean, []
 
 

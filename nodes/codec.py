@@ -10,7 +10,7 @@ import torch
 from ..codec import compress, rates
 from ..codec.container import Bitstream
 from ..codec.files import SUFFIX, read, write
-from ..engine import folders, host
+from ..engine import folders, host, journal
 from ..engine.pictures import from_pil
 from ..errors import InputError
 from . import sockets
@@ -248,8 +248,7 @@ class LoadBitstream(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
-        status = folders.require_input_path(file).stat()
-        return f"{status.st_mtime_ns}:{status.st_size}"
+        return journal.identity(folders.require_input_path(file))
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..engine import colours, face_finding, host, osdface
+from ..engine import colours, face_finding, host, journal, osdface
 from ..engine import faces as faces_module
 from ..guidance.latent_diffusion import OSDFACE_TIMESTEP
 from . import sockets
@@ -15,11 +15,6 @@ IN_TOKENIZER = "in the tokenizer's file"
 LATENTS = ["deterministic", "drawn"]
 COLOURS = ["none", *colours.METHODS]
 WITHOUT_FACES = ["stop", "carry on"]
-
-
-def _fingerprint(*names: str | None) -> str:
-    states = [host.lora_path(name).stat() for name in names if name not in (None, IN_TOKENIZER)]
-    return ":".join(f"{state.st_mtime_ns}:{state.st_size}" for state in states)
 
 
 def _timestep() -> io.Input:
@@ -80,11 +75,12 @@ class LoadFaceEmbedder(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, tokenizer: str | None, projection: str | None) -> bool | str:
         own_file = None if projection == IN_TOKENIZER else projection
-        return first_problem(accepted(host.lora_path, tokenizer), accepted(host.lora_path, own_file))
+        return first_problem(accepted(host.model_path, tokenizer), accepted(host.model_path, own_file))
 
     @classmethod
     def fingerprint_inputs(cls, tokenizer: str, projection: str) -> str:
-        return _fingerprint(tokenizer, projection)
+        files = (name for name in (tokenizer, projection) if name not in (None, IN_TOKENIZER))
+        return ":".join(journal.identity(host.model_path(name)) for name in files)
 
     @classmethod
     def execute(cls, tokenizer: str, projection: str = IN_TOKENIZER) -> io.NodeOutput:
@@ -174,7 +170,7 @@ class FaceLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **others) -> str:
-        return _fingerprint(lora_name)
+        return "" if lora_name is None else journal.identity(host.lora_path(lora_name))
 
     @classmethod
     def execute(cls, model, lora_name, strength=1.0, strict=True) -> io.NodeOutput:

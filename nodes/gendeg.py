@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..engine import degraders, folders, gendeg, host, loaded
+from ..engine import degraders, folders, gendeg, host, journal, loaded
 from ..engine.comfy_sampling import need_comfyui
 from ..engine.pictures import to_pil
 from ..errors import InputError
@@ -107,8 +107,7 @@ class LoadGenDeg(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, averaged: bool) -> str:
-        status = gendeg.checkpoint_path(model_name).stat()
-        return f"{status.st_mtime_ns}:{status.st_size}"
+        return journal.identity(gendeg.checkpoint_path(model_name))
 
     @classmethod
     def execute(cls, model_name: str, averaged: bool = True) -> io.NodeOutput:

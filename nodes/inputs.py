@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..engine import host
+from ..engine import host, journal
 from .api import advanced, io
 
 PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
@@ -53,8 +53,7 @@ class ModelFile:
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **others: Any) -> str:
-        status = host.model_path(model_name).stat()
-        return f"{status.st_mtime_ns}:{status.st_size}"
+        return journal.identity(host.model_path(model_name))
 
 
 def precision_input(default: str = "auto", tooltip: str = "") -> io.Input:

@@ -167,6 +167,21 @@ VALIDATION: Mapping[str, tuple[Degradation, ...]] = {
 }
 
 
+def within_crop(step: Degradation, size: int, generator: torch.Generator) -> Degradation:
+    """The step as a crop of `size` pixels shows it: a part of a hazy scene's depth, the fewer pixels, the smaller."""
+    if step.kind != "haze":
+        return step
+    zoom = min(1.0, _uniform(generator, 0.1, 1.0) * size / 128)
+    return Degradation("haze", step.strength, {"zoom": zoom, **step.parameters})
+
+
+def as_arriving(image: torch.Tensor, draw: float) -> torch.Tensor:
+    """By a number drawn from 0..1: most pictures clipped to it, half of all in steps of 1 / 255, a few as they are."""
+    if draw < 0.85:
+        image = image.clamp(0, 1)
+    return (image * 255).round() / 255 if draw < 0.5 else image
+
+
 def _detail(crop: torch.Tensor) -> float:
     return float((crop[:, 1:] - crop[:, :-1]).square().mean() + (crop[:, :, 1:] - crop[:, :, :-1]).square().mean())
 
@@ -195,19 +210,10 @@ class PairStream:
             crop = max((self.crops.sample(size, g) for _ in range(task.choice)), key=_detail)
             image = crop[None]
             for step in chain:
-                if step.kind == "haze":
-                    # A crop sees a part of the scene's depth; the fewer pixels, the smaller the part.
-                    zoom = min(1.0, _uniform(g, 0.1, 1.0) * size / 128)
-                    step = Degradation("haze", step.strength, {"zoom": zoom})
-                image, _ = step(image, g)
+                image, _ = within_crop(step, size, g)(image, g)
             if chain and _uniform(g) < self.saved:
                 image, _ = Degradation("jpeg", 1, {"quality": int(_uniform(g, 70, 98))})(image.clamp(0, 1), g)
-            draw = _uniform(g)
-            if draw < 0.85:
-                image = image.clamp(0, 1)
-            if draw < 0.5:
-                image = (image * 255).round() / 255
-            damaged.append(image[0])
+            damaged.append(as_arriving(image, _uniform(g))[0])
             clean.append(crop)
         return torch.stack(damaged), torch.stack(clean), [self.tasks[p].name for p in picks]
 

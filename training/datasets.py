@@ -26,7 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError
 from ..models.layers.padding import pad_to_multiple
-from .data import STARTER_TASKS, SUFFIXES, PhotoCrops, Task, central_crop
+from .data import STARTER_TASKS, SUFFIXES, PhotoCrops, Task, as_arriving, central_crop, within_crop
 from .degradations import KINDS, Degradation, parse
 
 logger = logging.getLogger(__name__)
@@ -485,18 +485,12 @@ def _reduce(clean: torch.Tensor, scale: int) -> torch.Tensor:
 def _damage(
     clean: torch.Tensor, chain: Sequence[Degradation], generator: torch.Generator, file: bool = False
 ) -> torch.Tensor:
-    """[3, h, w] damaged. As a picture file holds it if `file`; else most are clipped, half of all rounded, as in training."""
+    """[3, h, w] damaged. As a picture file holds it if `file`; else as crops to train on are."""
     image = clean[None]
     for step in chain:
-        if step.kind == "haze" and not file:
-            # A crop sees a part of the scene's depth; the fewer pixels, the smaller the part.
-            zoom = min(1.0, (0.1 + 0.9 * _draw(generator)) * clean.shape[-1] / 128)
-            step = Degradation("haze", step.strength, {"zoom": zoom, **step.parameters})
-        image, _ = step(image, generator)
-    kind = 0.0 if file else _draw(generator)
-    if kind < 0.85:
-        image = image.clamp(0, 1)
-    return ((image * 255).round() / 255 if kind < 0.5 else image)[0]
+        seen = step if file else within_crop(step, clean.shape[-1], generator)
+        image, _ = seen(image, generator)
+    return as_arriving(image, 0.0 if file else _draw(generator))[0]
 
 
 def _pair(entry: Entry, scale: int) -> tuple[torch.Tensor, torch.Tensor]:

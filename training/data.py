@@ -233,8 +233,14 @@ class SuperResolutionStream:
         return shrink(clean, self.scale), clean, [f"x{self.scale}"] * count
 
 
-def shrink(clean: torch.Tensor, scale: int) -> torch.Tensor:
-    """[B, C, H, W] (0..1) -> [B, C, H / scale, W / scale], bicubic, in steps of 1 / 255."""
+def reduce(clean: torch.Tensor, scale: int) -> torch.Tensor:
+    """[B, C, H, W] (0..1) -> [B, C, H / scale, W / scale], bicubic: what super-resolution starts from."""
+    if scale == 1:
+        return clean
     size = [extent // scale for extent in clean.shape[-2:]]
-    small = F.interpolate(clean, size, mode="bicubic", antialias=True).clamp(0, 1)
-    return (small * 255).round() / 255
+    return F.interpolate(clean, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def shrink(clean: torch.Tensor, scale: int) -> torch.Tensor:
+    """As `reduce`, in steps of 1 / 255."""
+    return (reduce(clean, scale) * 255).round() / 255

@@ -26,7 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError
 from ..models.layers.padding import pad_to_multiple
-from .data import STARTER_TASKS, SUFFIXES, PhotoCrops, Task, as_arriving, central_crop, within_crop
+from .data import STARTER_TASKS, SUFFIXES, PhotoCrops, Task, as_arriving, central_crop, reduce, within_crop
 from .degradations import KINDS, Degradation, parse
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ class Dataset:
                 int(torch.multinomial(torch.tensor([t.weight for t in self.tasks]), 1, generator=generator))
             ]
             chain = task.chains[_index(len(task.chains), generator)]
-            return Sample(_damage(_reduce(clean, scale), chain, generator), clean, task.name)
+            return Sample(_damage(reduce(clean[None], scale), chain, generator), clean, task.name)
         damaged, clean = _pair(entry, scale)
         damaged, _ = pad_to_multiple(damaged[None], 1, size)
         clean, _ = pad_to_multiple(clean[None], 1, size * scale)
@@ -239,7 +239,7 @@ class Dataset:
                     left[entry.label] -= 1
                 continue
             clean = central_crop(pictures(entry.clean).float() / 255, size * scale, scale)
-            small = _reduce(clean, scale)
+            small = reduce(clean[None], scale)
             for task in self.tasks:
                 if left[task.name]:
                     seed = int.from_bytes(sha256(f"{entry.name}/{task.name}".encode()).digest()[:6], "big")
@@ -474,21 +474,12 @@ def _turn(crops: Sequence[torch.Tensor], generator: torch.Generator) -> list[tor
     return [(c.flip(2) if mirror else c).contiguous() for c in turned]
 
 
-def _reduce(clean: torch.Tensor, scale: int) -> torch.Tensor:
-    """The picture [3, H, W] at 1 / scale of its size, bicubic: what super-resolution starts from."""
-    if scale == 1:
-        return clean
-    size = [extent // scale for extent in clean.shape[1:]]
-    return F.interpolate(clean[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-
-
 def _damage(
-    clean: torch.Tensor, chain: Sequence[Degradation], generator: torch.Generator, file: bool = False
+    image: torch.Tensor, chain: Sequence[Degradation], generator: torch.Generator, file: bool = False
 ) -> torch.Tensor:
-    """[3, h, w] damaged. As a picture file holds it if `file`; else as crops to train on are."""
-    image = clean[None]
+    """[1, 3, h, w] damaged, [3, h, w]. As a picture file holds it if `file`; else as crops to train on are."""
     for step in chain:
-        seen = step if file else within_crop(step, clean.shape[-1], generator)
+        seen = step if file else within_crop(step, image.shape[-1], generator)
         image, _ = seen(image, generator)
     return as_arriving(image, 0.0 if file else _draw(generator))[0]
 

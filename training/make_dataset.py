@@ -34,11 +34,12 @@ from ..guidance.measurement import draw
 from ..models.degradation_model import KINDS, DegradationModel
 from . import degradations
 from .data import SUFFIXES
+from .datasets import MANIFEST
 from .degradation_model import SIMULATED
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, SETTINGS = "manifest.jsonl", "dataset.json"
+SETTINGS = "dataset.json"
 STARTER = Path(__file__).resolve().parent.parent / "weights" / "mend-degradation-model.safetensors"
 
 Paint = Callable[[torch.Tensor, str, float, float, int], torch.Tensor]

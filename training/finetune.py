@@ -188,9 +188,6 @@ class FineTuner(Trainer):
         batch = Batch(damaged.to(self.device), clean.to(self.device), tuple(labels), other)
         # One seed a step, the same in every process; each draws noise of its own from it.
         seed = int(torch.randint(2**62, (), generator=self.generator)) + distributed.share()[0]
-        rate = self.learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("factor", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._random)
@@ -198,11 +195,7 @@ class FineTuner(Trainer):
                 loss, parts = self._forward(batch, torch.Generator().manual_seed(seed))
             self._random = torch.get_rng_state()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self._trained, self.settings.clip)
-        if bool(torch.isfinite(norm)):  # one broken batch must not cost the run
-            self.optimizer.step()
-        self.progress.step += 1
-        self._update_average()
+        descended = self._descend(self._trained)
         values = {"loss": float(loss.detach()), **{name: float(value) for name, value in parts.items()}}
         values = distributed.mean(values)
         every = max(1, -(-self.settings.steps // _HISTORY)) if self.settings.steps else 10
@@ -210,7 +203,7 @@ class FineTuner(Trainer):
             self.history.append((self.progress.step, values["loss"]))
         if self.validate_steps and self.progress.step % self.validate_steps == 0 and self.share < 1:
             self.score()
-        return {**values, "norm": float(norm), "lr": rate}
+        return {**values, **descended}
 
     @torch.no_grad()
     def _update_average(self) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -201,16 +201,20 @@ class Trainer:
         damaged, clean, _ = self.pairs.batch(batch, size)
         if self.settings.channels_last:
             damaged = damaged.contiguous(memory_format=torch.channels_last)
+        loss, parts = self._backward(damaged, clean)
+        return {"loss": loss, **self._descend(self.module.parameters()), **parts}
+
+    def _descend(self, parameters: Iterable[nn.Parameter]) -> dict[str, float]:
+        """Ends a step by the gradients there are; returns their norm and the learning rate."""
         rate = self.learning_rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        loss, parts = self._backward(damaged, clean)
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip)
+            group["lr"] = rate * group.get("factor", 1.0)
+        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip)
         if bool(torch.isfinite(norm)):  # one broken batch must not cost the run
             self.optimizer.step()
         self.progress.step += 1
         self._update_average()
-        return {"loss": loss, "norm": float(norm), "lr": rate, **parts}
+        return {"norm": float(norm), "lr": rate}
 
     def _backward(self, damaged: torch.Tensor, clean: torch.Tensor) -> tuple[float, dict[str, float]]:
         """Gradients of the mean over the batch, shared out among the workers; returns loss and parts."""

@@ -19,8 +19,6 @@ from .starters import STARTERS
 from .stopping import stop_request
 from .trainer import Progress, Settings, Trainer, export, read_export
 
-logger = logging.getLogger(__name__)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the sub-commands of `mend train`."""

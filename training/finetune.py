@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -21,8 +20,6 @@ from . import distributed
 from .datasets import Sample, Source, Stream
 from .objectives.base import Batch, Network, Objective, Parts, Pass
 from .trainer import Settings, Stage, Trainer, export, psnr
-
-logger = logging.getLogger(__name__)
 
 TRAINABLE = ("restorer", "codec", "prior")
 KEEP = ("best", "last")

@@ -60,6 +60,11 @@ TASKS = (
 VALIDATED = ("clean", "noise 25", "rain", "haze")
 VALIDATED_QUALITIES = (0, 32, 63)
 
+INSIDE = (
+    *(".qkv", ".project_in", ".attn_s.a", ".attn_s.v", ".dwconv", ".norm", "temperature"),
+    *(".conv1.", ".depth_conv.", ".conv.", "subpel", "bit_estimator"),
+)
+"""Parts of names of the parameters inside the branches; what else there is writes values."""
 WRITING_SHARE = 0.2
 HYPER_RESOLUTION = 4.0
 """Steps of the hyper-latent per unit of a value's mean size."""
@@ -222,19 +227,7 @@ def input_sizes(codec: AllInOneCodec, pictures: Sequence[torch.Tensor]) -> dict[
 
 def _share(name: str, parameter: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Which share of its step a parameter takes; a tensor that broadcasts against it."""
-    inside = (
-        ".qkv",
-        ".project_in",
-        ".attn_s.a",
-        ".attn_s.v",
-        ".dwconv",
-        ".norm",
-        "temperature",
-        ".conv1.",
-        ".depth_conv.",
-    )
-    inside += (".conv.", "subpel", "bit_estimator")
-    share = torch.tensor(1.0 if any(part in name for part in inside) else WRITING_SHARE)
+    share = torch.tensor(1.0 if any(part in name for part in INSIDE) else WRITING_SHARE)
     if name in inputs:
         share = share / inputs[name].clamp_min(1.0)
         share = share.view(-1, 1, 1, 1) if parameter.shape[1] == 1 else share.view(1, -1, 1, 1)

@@ -395,10 +395,8 @@ def run_folder(base: Path, name: str, resume: bool) -> Path:
 
 def report(tuner: FineTuner) -> str:
     """What a run did, as text: before and after for each kind of damage."""
-    after, lines = (
-        tuner.scores(),
-        [f"{tuner.progress.step} steps, {tuner.batch_size} crops of {tuner.size} pixels each"],
-    )
+    after = tuner.scores()
+    lines = [f"{tuner.progress.step} steps, {tuner.batch_size} crops of {tuner.size} pixels each"]
     if after:
         lines.append("validation PSNR in dB, before -> after:")
         lines += [f"  {name}: {tuner.before[name]:.2f} -> {after[name]:.2f}" for name in after]

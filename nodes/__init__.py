@@ -19,6 +19,7 @@ FAMILIES: tuple[str, ...] = (
     "classify",
     "degrade",
     "gendeg",
+    "synthesis",
     "features",
     "local_pooling",
     "state_space",

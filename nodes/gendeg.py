@@ -1,62 +1,18 @@
-"""Damage with a wanted intensity: GenDeg on Stable Diffusion, Mend's small model, and data sets made with them."""
+"""GenDeg, damage with a wanted intensity on Stable Diffusion: whole, in single steps, and the intensities it knows."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from ..engine import degraders, folders, gendeg, host, journal, loaded
+from ..engine import gendeg, journal
 from ..engine.comfy_sampling import need_comfyui
-from ..engine.pictures import to_pil
 from ..errors import InputError
 from ..guidance import gendeg as intensities
-from ..training import make_dataset
 from . import sockets
-from .api import advanced, io, ui
+from .api import advanced, io
+from .gendeg_inputs import CATEGORY, KINDS, caption_input, kind_input, mu_input, sigma_input
 from .images import as_image, channels_first
-from .inputs import ModelFile, accepted, one_of, seed_input
+from .inputs import accepted, one_of, seed_input
 
-CATEGORY, OWN = "Mend/degradation/GenDeg", "Mend/degradation"
-KINDS = list(intensities.PRESETS)
-MODEL, SIMULATION = "degrader", "simulation"
-
-
-def _kind() -> io.Input:
-    ranges = "; ".join(
-        f"{kind}: mean {p.mu[0]:.2f}..{p.mu[1]:.2f}, deviation {p.sigma[0]:.2f}..{p.sigma[1]:.2f}"
-        for kind, p in intensities.PRESETS.items()
-    )
-    return io.Combo.Input(
-        "degradation", options=KINDS, default="haze", tooltip=f"What goes wrong. Usual intensities: {ranges}."
-    )
-
-
-def _intensity(name: str, default: float, most: float, tooltip: str) -> io.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=most, step=0.01, round=0.0001, tooltip=tooltip)
-
-
-def _mu(default: float = 0.15, more: str = "") -> io.Input:
-    text = "How much the picture changes: mean of |clean - damaged|, 0..1. Training pairs had up to 0.284."
-    return _intensity("mu", default, 0.7, f"{text} {more}".strip())
-
-
-def _sigma(default: float = 0.1) -> io.Input:
-    return _intensity(
-        "sigma",
-        default,
-        0.4,
-        "How unevenly it changes: standard deviation of |clean - damaged|. Small for a veil all over, larger than the mean "
-        "for streaks and flakes.",
-    )
-
-
-def _caption() -> io.Input:
-    return io.String.Input(
-        "caption",
-        default="",
-        multiline=True,
-        tooltip="What the picture shows, in a few words; the words for the degradation are added. Taken letter by letter: "
-        "brackets change no weights.",
-    )
+GENDEG = f"{CATEGORY}/GenDeg"
 
 
 def _scale(name: str, default: float, tooltip: str) -> io.Input:
@@ -76,7 +32,7 @@ class LoadGenDeg(io.ComfyNode):
         return io.Schema(
             node_id="MendLoadGenDeg",
             display_name="Load GenDeg",
-            category=CATEGORY,
+            category=GENDEG,
             description="Loads GenDeg's generator (gendeg.ckpt) as ComfyUI's own model, text encoder and autoencoder, with the "
             "averaged weights that the published code samples with, and the layers for intensities. Needs ComfyUI.",
             inputs=[
@@ -120,16 +76,16 @@ class DegradationIntensity(io.ComfyNode):
         return io.Schema(
             node_id="MendDegradationIntensity",
             display_name="Degradation Intensity",
-            category=CATEGORY,
+            category=GENDEG,
             description="Says to GenDeg what to do and how strongly: words and intensity in one conditioning, and beside it "
             "the one that says nothing, which its guidance compares with.",
             inputs=[
                 sockets.Conditioner.Input("conditioner", tooltip="From Load GenDeg."),
                 io.Clip.Input("clip", tooltip="The text encoder of Stable Diffusion 1.5."),
-                _kind(),
-                _mu(),
-                _sigma(),
-                _caption(),
+                kind_input(),
+                mu_input(),
+                sigma_input(),
+                caption_input(),
                 advanced(
                     io.Boolean.Input(
                         "whole_text",
@@ -172,7 +128,7 @@ class GenDegGuider(io.ComfyNode):
         return io.Schema(
             node_id="MendGenDegGuider",
             display_name="Three-Way GenDeg Guider",
-            category=CATEGORY,
+            category=GENDEG,
             description="Guidance by words and picture as published: three predictions (both, picture alone, neither). For "
             "SamplerCustomAdvanced with the sampler euler_ancestral. Needs ComfyUI.",
             inputs=[
@@ -203,7 +159,7 @@ class FractionalTimesteps(io.ComfyNode):
         return io.Schema(
             node_id="MendFractionalTimesteps",
             display_name="Fractional Timesteps",
-            category=CATEGORY,
+            category=GENDEG,
             description="Tells a Stable Diffusion model the exact time of every noise level, as the published code does, where "
             "ComfyUI rounds to whole numbers, and starts from noise of exactly the first level. Needs ComfyUI.",
             inputs=[io.Model.Input("model", tooltip="A model with a table of 1,000 noise levels, such as GenDeg.")],
@@ -221,11 +177,11 @@ class IntensitySampler(io.ComfyNode):
         return io.Schema(
             node_id="MendIntensitySampler",
             display_name="Intensity Sampler",
-            category=OWN,
+            category=CATEGORY,
             description="Draws an intensity as GenDeg's training pairs of a degradation have them: one of their data sets, then "
             "mean and deviation within its ranges. The same seed and number give the same intensity.",
             inputs=[
-                _kind(),
+                kind_input(),
                 seed_input("Chooses the sequence."),
                 io.Int.Input(
                     "index",
@@ -270,7 +226,7 @@ class MeasureIntensity(io.ComfyNode):
         return io.Schema(
             node_id="MendMeasureIntensity",
             display_name="Measure Intensity",
-            category=OWN,
+            category=CATEGORY,
             description="How much damage there is in a picture whose clean version is known, in GenDeg's two numbers.",
             inputs=[
                 io.Image.Input("clean", tooltip="The clean pictures."),
@@ -303,7 +259,7 @@ class CorrectStructure(io.ComfyNode):
         return io.Schema(
             node_id="MendStructureCorrection",
             display_name="Structure Correction",
-            category=CATEGORY,
+            category=GENDEG,
             description="Repairs what the autoencoder bent in GenDeg's pictures (faces, letters, edges) by comparing with the "
             "clean ones. Published for haze and motion blur.",
             inputs=[
@@ -335,7 +291,7 @@ class DegraderFromGenDeg(io.ComfyNode):
         return io.Schema(
             node_id="MendDegraderFromGenDeg",
             display_name="Degrader From GenDeg",
-            category=CATEGORY,
+            category=GENDEG,
             description="GenDeg with all its settings as one thing, for Synthesise Degradation and Make Dataset. Does what the "
             "chain of single nodes does, exact times included. Needs ComfyUI.",
             inputs=[
@@ -386,215 +342,6 @@ class DegraderFromGenDeg(io.ComfyNode):
         )
 
 
-class LoadDegradationModel(ModelFile, io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="MendLoadDegradationModel",
-            display_name="Load Degradation Model",
-            category=OWN,
-            description="Loads Mend's own small degradation model, or one that you trained like it. It knows the kinds of "
-            "damage of GenDeg and runs without Stable Diffusion, on a CPU too.",
-            inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=host.model_files(),
-                    default=degraders.STARTER if degraders.STARTER in host.model_files() else None,
-                    tooltip=f"{degraders.STARTER} comes with Mend.",
-                )
-            ],
-            outputs=[
-                sockets.Degrader.Output("degrader", display_name="degrader", tooltip="For Synthesise Degradation.")
-            ],
-        )
-
-    @classmethod
-    def execute(cls, model_name: str) -> io.NodeOutput:
-        return io.NodeOutput(degraders.SmallDegrader(loaded.load(host.model_path(model_name))))
-
-
-def _degrader() -> io.Input:
-    return sockets.Degrader.Input(
-        "degrader",
-        optional=True,
-        tooltip="From Load Degradation Model or Degrader From GenDeg. Without one, the small model that comes with Mend.",
-    )
-
-
-def _starter() -> degraders.SmallDegrader:
-    return degraders.SmallDegrader(loaded.load(host.model_path(degraders.STARTER)))
-
-
-class SynthesiseDegradation(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="MendSynthesiseDegradation",
-            display_name="Synthesise Degradation",
-            category=OWN,
-            description="Paints haze, rain, snow, motion blur, darkness or raindrops into clean pictures with a learned model, "
-            "as strongly as you ask, and measures what came out. Works right after installing.",
-            inputs=[
-                io.Image.Input("image", tooltip="Clean pictures of any size. Transparency is kept as it is."),
-                _kind(),
-                _mu(0.0, "0 draws mean and deviation by the seed, as the training pairs of the degradation have them."),
-                _sigma(),
-                seed_input("Chooses the damage; each picture of a batch gets its own."),
-                _caption(),
-                advanced(
-                    io.Int.Input(
-                        "steps",
-                        default=0,
-                        min=0,
-                        max=1000,
-                        tooltip="Steps of the sampler. 0: 12 for Mend's model, the degrader's own number for GenDeg.",
-                    )
-                ),
-                _degrader(),
-            ],
-            outputs=[
-                io.Image.Output("damaged", display_name="image", tooltip="The damaged pictures, in 0..1."),
-                io.Float.Output("mu_found", display_name="mu", tooltip="Measured mean of |clean - damaged|."),
-                io.Float.Output("sigma_found", display_name="sigma", tooltip="Measured standard deviation of it."),
-                io.String.Output("text", display_name="text", tooltip="What was asked for and what came out."),
-            ],
-        )
-
-    @classmethod
-    def validate_inputs(cls, degradation: str) -> bool | str:
-        return one_of("degradation", degradation, KINDS)
-
-    @classmethod
-    def execute(
-        cls, image, degradation="haze", mu=0.0, sigma=0.1, seed=0, caption="", steps=0, degrader=None
-    ) -> io.NodeOutput:
-        degrader = degrader or _starter()
-        if mu == 0:
-            drawn = intensities.draw_intensity(degradation, seed)
-            mu, sigma = drawn.mu, drawn.sigma
-        found = degraders.synthesise(degrader, channels_first(image), degradation, mu, sigma, seed, caption, steps)
-        text = found.text(degrader, degradation, mu, sigma)
-        return io.NodeOutput(as_image(found.damaged), float(found.mu.mean()), float(found.sigma.mean()), text)
-
-
-class MakeDataset(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="MendMakeDataset",
-            display_name="Make Dataset",
-            category="Mend/training",
-            description="Turns a folder of clean photographs into pairs of clean and damaged pictures with a manifest, for "
-            "training. Queue it again after an interruption: pairs that are there are not made twice.",
-            inputs=[
-                io.String.Input(
-                    "photos",
-                    default="",
-                    tooltip="Folder with clean photographs: a full path, or a folder in ComfyUI's input folder; with its "
-                    "subfolders. Empty: the input folder itself.",
-                ),
-                io.String.Input(
-                    "name", default="my_dataset", tooltip="The data set: a folder below output/datasets of this name."
-                ),
-                io.String.Input(
-                    "degradations",
-                    default="all",
-                    tooltip=f"Names with commas between them: {', '.join(KINDS)}. all: these six. With the simulation also noise, "
-                    "blur, jpeg and the others of Degrade Image.",
-                ),
-                io.Combo.Input(
-                    "source",
-                    options=[MODEL, SIMULATION],
-                    default=MODEL,
-                    tooltip=f"{MODEL}: what is connected below, or Mend's small model. {SIMULATION}: formulas, as in Degrade "
-                    "Image; much faster.",
-                ),
-                io.Int.Input(
-                    "per_photo", default=1, min=1, max=1000, tooltip="Pairs of every degradation for each photograph."
-                ),
-                io.Int.Input(
-                    "largest_side",
-                    default=512,
-                    min=0,
-                    max=8192,
-                    tooltip="Larger photographs are shrunk to this longest side in pixels. 0: never.",
-                ),
-                seed_input("Chooses all intensities and damages."),
-                _degrader(),
-                io.Image.Input(
-                    "image",
-                    optional=True,
-                    tooltip="Clean pictures from the graph, instead of the folder's photographs.",
-                ),
-            ],
-            outputs=[
-                io.String.Output("manifest", display_name="manifest", tooltip="Path of manifest.jsonl."),
-                io.Int.Output("count", display_name="pairs", tooltip="How many pairs the data set has now."),
-                io.String.Output("text", display_name="text", tooltip="What was made, found and not readable."),
-            ],
-            is_output_node=True,
-        )
-
-    @classmethod
-    def validate_inputs(cls, source: str, name: str) -> bool | str:
-        if name is not None and (not name.strip() or Path(name).name != name or name in (".", "..")):
-            return f"name: {name!r} is no plain folder name"
-        return one_of("source", source, [MODEL, SIMULATION])
-
-    @classmethod
-    def fingerprint_inputs(cls, **inputs) -> float:
-        return float("nan")  # photographs may have been added
-
-    @classmethod
-    def execute(
-        cls,
-        photos="",
-        name="my_dataset",
-        degradations="all",
-        source=MODEL,
-        per_photo=1,
-        largest_side=512,
-        seed=0,
-        degrader=None,
-        image=None,
-    ) -> io.NodeOutput:
-        out = folders.output_directory() / "datasets" / name
-        bar: list[host.Progress] = []
-        place = [0, 1]
-
-        def tell(done: int, total: int, damaged) -> None:
-            place[:] = done, total
-            if source == SIMULATION:
-                bar[:] = bar or [host.progress(total)]
-                shown = None if damaged is None else (lambda: to_pil(damaged[0]))
-                bar[0].update(done - bar[0].done, shown)
-
-        def paint(clean, kind, mu, sigma, number):
-            with host.part_of_progress(*place):
-                return used.paint(clean, kind, mu, sigma, number, "", 0)
-
-        if source == SIMULATION:
-            painter = make_dataset.simulation()
-        else:
-            used = degrader or _starter()
-            painter = make_dataset.Painter(used.name, used.kinds, paint)
-        if image is None:
-            pictures = make_dataset.from_folder(folders.require_input_directory(photos), out)
-        else:
-            pictures = make_dataset.from_images(channels_first(image)[:, :3])
-        report = make_dataset.make_dataset(
-            pictures,
-            out,
-            painter,
-            make_dataset.kinds_from_text(degradations, painter.kinds),
-            make_dataset.Settings(painter.name, seed, largest_side),
-            per_photo,
-            tell,
-        )
-        count = len(make_dataset.read_manifest(out))
-        return io.NodeOutput(str(out / make_dataset.MANIFEST), count, report.text(), ui=ui.PreviewText(report.text()))
-
-
 NODES = [
     LoadGenDeg,
     DegradationIntensity,
@@ -604,7 +351,4 @@ NODES = [
     MeasureIntensity,
     CorrectStructure,
     DegraderFromGenDeg,
-    LoadDegradationModel,
-    SynthesiseDegradation,
-    MakeDataset,
 ]

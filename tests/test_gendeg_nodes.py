@@ -20,6 +20,7 @@ from comfyui_mend.engine.loaded import wrap
 from comfyui_mend.errors import CheckpointError, InputError, MissingDependency
 from comfyui_mend.guidance import gendeg, synthesis
 from comfyui_mend.nodes import gendeg as nodes
+from comfyui_mend.nodes import synthesis as synthesis_nodes
 from comfyui_mend.training import degradation_model as training
 from comfyui_mend.training import make_dataset
 
@@ -114,7 +115,9 @@ def test_what_the_model_cannot_do_is_said(small):
 def test_the_shipped_model_knows_all_six_and_reaches_what_is_asked():
     image = torch.rand(1, 24, 40, 3, generator=torch.Generator().manual_seed(1)) * 0.5 + 0.25
     for kind in gendeg.PRESETS:
-        damaged, mu, sigma, text = nodes.SynthesiseDegradation.execute(image, kind, 0.06, 0.05, seed=1, steps=2).args
+        damaged, mu, sigma, text = synthesis_nodes.SynthesiseDegradation.execute(
+            image, kind, 0.06, 0.05, seed=1, steps=2
+        ).args
         assert damaged.shape == image.shape and mu == pytest.approx(0.06, abs=0.006) and 0 < sigma < 0.2
         assert kind in text
 
@@ -298,7 +301,7 @@ def test_the_command_writes_what_the_node_writes(photos, tmp_path, small):
     assert make_dataset.main([*arguments, "--largest", "16"]) == 0
     folders.set_folders(output=tmp_path)
     try:
-        manifest, count, text = nodes.MakeDataset.execute(
+        manifest, count, text = synthesis_nodes.MakeDataset.execute(
             str(photos), "a", "rain, snow", "simulation", largest_side=16
         ).args
     finally:
@@ -313,7 +316,7 @@ def test_pictures_of_a_graph_are_made_once(tmp_path, small):
     image = torch.rand(2, 9, 12, 3)
     try:
         for expected in ("2 pairs made, 0", "0 pairs made, 2"):
-            made = nodes.MakeDataset.execute(name="x", degradations="haze", degrader=small, image=image)
+            made = synthesis_nodes.MakeDataset.execute(name="x", degradations="haze", degrader=small, image=image)
             assert expected in made.args[2] and made.args[1] == 2
     finally:
         folders._Folders.output = None
@@ -322,9 +325,9 @@ def test_pictures_of_a_graph_are_made_once(tmp_path, small):
 
 
 def test_the_data_sets_name_is_a_folder_name():
-    assert nodes.MakeDataset.validate_inputs("degrader", "my set") is True
+    assert synthesis_nodes.MakeDataset.validate_inputs("degrader", "my set") is True
     for name in ("", "..", "a/b", "/tmp"):
-        assert isinstance(nodes.MakeDataset.validate_inputs("degrader", name), str)
+        assert isinstance(synthesis_nodes.MakeDataset.validate_inputs("degrader", name), str)
 
 
 # A real ComfyUI ------------------------------------------------------------------------------------------------------

@@ -269,7 +269,6 @@ def main(arguments: Sequence[str]) -> int:
         f"`{args.model.name}` ({codec.restorer.parameters / 1e6:.2f} M parameters; {training.get('steps', '?')} steps, "
         f"{training.get('minutes', '?')} minutes of training), central {args.size} x {args.size} crops of "
         f"{len(cases['clean'][0])} photographs that were not trained on. {RULES}",
-        +" ".join(__doc__.split("\n\n")[1].split()[9:]),
         "",
         f"`mend bench codec --photos PHOTOS/validation --size {args.size}`; {machine.describe(torch.device('cpu'))}",
     ]

@@ -31,6 +31,7 @@ FAMILIES: tuple[str, ...] = (
     "video",
     "steady",
     "faces",
+    "osdface",
     "codec",
     "operators",
     "guidance",

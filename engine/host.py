@@ -12,7 +12,7 @@ import sys
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -380,18 +380,22 @@ def _search_paths() -> list[Path]:
     return [*own, *([] if inside_comfyui() else [saved_models()]), PACK / "weights"]
 
 
-def model_files() -> list[str]:
+def model_files(suffixes: Set[str] = MODEL_SUFFIXES) -> list[str]:
     """Names of every model file to choose from: models/restoration inside ComfyUI, MEND_MODELS elsewhere, and the
-    starter weights that come with the pack."""
+    starter weights that come with the pack. suffixes: kinds of files that only some nodes read."""
     names: list[str] = []
+    folders = _search_paths()
     if inside_comfyui():
         import folder_paths
 
         register_model_folder()
-        names += folder_paths.get_filename_list(MODEL_FOLDER)
-    for folder in _search_paths():
+        if suffixes == MODEL_SUFFIXES:
+            names += folder_paths.get_filename_list(MODEL_FOLDER)
+        else:  # ComfyUI lists the kinds that it was told of
+            folders = [*map(Path, folder_paths.get_folder_paths(MODEL_FOLDER)), *folders]
+    for folder in folders:
         if folder.is_dir():
-            found = (p for p in folder.rglob("*") if p.suffix in MODEL_SUFFIXES and p.is_file())
+            found = (p for p in folder.rglob("*") if p.suffix in suffixes and p.is_file())
             names += sorted(p.relative_to(folder).as_posix() for p in found)
     return list(dict.fromkeys(names))
 

@@ -207,7 +207,8 @@ def _download(args: argparse.Namespace) -> int:
         _place(partial, target)
     finally:
         partial.unlink(missing_ok=True)
-    say(f"{target}: {describe(target)['title']}")
+    title = method.title if target.suffix == ".onnx" else describe(target)["title"]  # OpenCV's to read, not ours
+    say(f"{target}: {title}")
     return 0
 
 

@@ -32,6 +32,7 @@ FAMILIES: tuple[str, ...] = (
     "steady",
     "faces",
     "osdface",
+    "face_identity",
     "codec",
     "operators",
     "guidance",

@@ -48,7 +48,7 @@ def test_every_method_and_file_is_described():
         assert method.code.startswith("https://") and method.code_licence and method.weights_licence
         for file in method.files:
             assert file.link.startswith("https://") and set(file.tasks) <= TASKS, file.id
-            assert Path(file.name).suffix in (".pth", ".pt", ".ckpt", ".safetensors")
+            assert Path(file.name).suffix in (".pth", ".pt", ".ckpt", ".safetensors", ".onnx")
     ids = [f.id for m in methods for f in m.files]
     assert len(set(ids)) == len(ids)
 

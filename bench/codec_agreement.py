@@ -23,7 +23,7 @@ from ..codec import coder
 from ..codec.container import Bitstream
 from ..codec.entropy import BitstreamError
 from ..models.aio_codec import QUALITIES, AllInOneCodec
-from . import machine
+from . import machine, report
 
 WAYS = {
     "1 thread": {"threads": 1},
@@ -132,10 +132,7 @@ def main(arguments: Sequence[str]) -> int:
         f"`mend bench agreement --images {args.images}`; {machine.describe(torch.device('cpu'))}",
         *(f"- {number}: {' to '.join(pair(int(number)))}: {message}" for number, message in failed.items()),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    report.publish(lines, args.out)
     return 1 if failed else 0
 
 

@@ -30,7 +30,7 @@ from ..engine.pictures import curves, from_pil, to_pil
 from ..engine.report import psnr
 from ..training.data import VALIDATION, load_photos
 from ..training.trainer import validation_set
-from . import machine
+from . import machine, report
 
 RATES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 """Bits per pixel at which curves are compared."""
@@ -286,15 +286,14 @@ def main(arguments: Sequence[str]) -> int:
         lines += table(found[name], pixels)
     photo = max(photos, key=lambda p: p[0].numel())[:, :512, :768].float() / 255
     lines += ["", f"## Speed, {photo.shape[2]} x {photo.shape[1]}, quality 32", "", *speed(codec, photo)]
-    text = "\n".join(lines) + "\n"
-    print(text)
+    report.publish(lines)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        drawing = args.out.with_suffix(".png")
+        report.write([*lines, "", f"![curves]({drawing.name})"], args.out)
         sheets = [plot(found[n], pixels, f"PSNR to the clean photograph: {n}") for n in ("clean", "noise 25")]
         sheet = Image.new("RGB", (sum(s.width for s in sheets), sheets[0].height))
         for index, picture in enumerate(sheets):
             sheet.paste(picture, (index * sheets[0].width, 0))
-        sheet.quantize(32).save(args.out.with_suffix(".png"), optimize=True)
-        args.out.write_text(text + f"\n![curves]({args.out.with_suffix('.png').name})\n")
+        sheet.quantize(32).save(drawing, optimize=True)
         args.out.with_suffix(".json").write_text(_to_json(found) + "\n")
     return 0

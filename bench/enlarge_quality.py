@@ -16,7 +16,7 @@ from ..engine.pictures import from_pil, to_pil
 from ..engine.report import psnr, ssim
 from ..training.data import load_photos, shrink
 from ..training.trainer import validation_set
-from . import machine
+from . import machine, report
 
 Method = Callable[[torch.Tensor], torch.Tensor]
 
@@ -68,8 +68,5 @@ def main(arguments: Sequence[str]) -> int:
         results = torch.cat([method(image).clamp(0, 1) for image in shrink(clean, scale).split(1)])[border]
         figures = np.mean(psnr(results, clean[border])), np.mean(ssim(results, clean[border]))
         lines.append(f"| {name} | {figures[0]:.2f} dB | {figures[1]:.3f} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    report.publish(lines, args.out)
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from ..models import registry
 from ..models.layers.layout import fastest_layout
-from . import machine
+from . import machine, report
 
 NETWORKS = ("nafnet", "restormer", "promptir")
 
@@ -45,11 +44,11 @@ def measure(network: str, size: int, repeats: int) -> tuple[float, float, float]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints a table, or writes it to --out."""
+    """Prints a table, and writes it where asked."""
     parser = argparse.ArgumentParser(prog="mend bench layout", description=__doc__)
     parser.add_argument("--size", type=int, default=128, help="side of the picture (128)")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="write the table here")
+    parser.add_argument("--out", type=Path, help="also write the table here (.md)")
     parsed = parser.parse_args(arguments)
     torch.set_num_threads(1)
     lines = [
@@ -64,9 +63,5 @@ def main(arguments: Sequence[str]) -> int:
     for network in NETWORKS:
         plain, last, difference = measure(network, parsed.size, parsed.repeats)
         lines.append(f"| {network} | {plain:.3f} s | {last:.3f} s | {1 - last / plain:.0%} | {difference:.1e} |")
-    text = "\n".join(lines) + "\n"
-    if parsed.out:
-        parsed.out.write_text(text)
-    else:
-        sys.stdout.write(text)
+    report.publish(lines, parsed.out)
     return 0

@@ -24,7 +24,7 @@ from ..engine.report import psnr, ssim
 from ..training.data import VALIDATION, load_photos
 from ..training.degradations import gaussian_blur
 from ..training.trainer import validation_set
-from . import machine
+from . import machine, report
 
 Method = Callable[[torch.Tensor], torch.Tensor]
 Score = tuple[float, float]
@@ -213,10 +213,5 @@ def main(arguments: Sequence[str]) -> int:
         "",
         *table(scores),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
-        args.out.with_suffix(".json").write_text(json.dumps(scores, indent=1) + "\n")
+    report.publish(lines, args.out, scores)
     return 0

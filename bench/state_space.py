@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .. import kernels
-from . import machine
+from . import machine, report
 from .restorer import networks
 
 
@@ -64,6 +64,5 @@ def main(arguments: Sequence[str]) -> int:
                 spent, share = seconds(restorer, image, backend, args.repeat)
                 lines.append(f"| {name} | {backend} | {spent:.1f} | {100 * share:.0f} % |")
                 print(lines[-1], flush=True)
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n")
+    report.write(lines, args.out)
     return 0

@@ -26,7 +26,7 @@ from ..training.degradation_model import SIMULATED
 from ..training.degradations import Degradation
 from ..training.objectives.restoration import Restoration
 from ..training.trainer import Settings, Stage, Trainer, validate, validation_set
-from . import machine
+from . import machine, report
 
 CONFIG = {"width": 12, "enc_blk_nums": (1, 1, 2), "middle_blk_num": 2, "dec_blk_nums": (1, 1, 1)}
 WEAK, STRONG = 0.4, 1.3
@@ -129,9 +129,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "",
         *markdown(scores),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text)
+    report.publish(lines, options.out)
     return 0

@@ -24,7 +24,7 @@ from ..engine.report import psnr, ssim
 from ..guidance import cm4ir, operators, schedules
 from ..guidance.measurement import Measurement, measure, task
 from ..training.data import central_squares, load_photos
-from . import machine
+from . import machine, report
 
 Score = tuple[float, float]
 Method = Callable[[Measurement], torch.Tensor]
@@ -201,10 +201,5 @@ def main(arguments: Sequence[str]) -> int:
         "",
         *table(scores),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
-        args.out.with_suffix(".json").write_text(json.dumps(scores, indent=1) + "\n")
+    report.publish(lines, args.out, scores)
     return 0

@@ -7,7 +7,9 @@
 writes workflows/restore_photo.json (what the page opens), workflows/api/restore_photo.json (the same for the engine)
 and workflows/restore_photo.jpg (its thumbnail), after checking that the graph is valid and no boxes overlap.
 `python tests/make_workflow.py NAME...` prints how the boxes of workflows lie and whether their two forms agree; with
-`--respace` it lays them out again first, for nodes that have grown since.
+`--respace` it lays them out again first, for nodes that have grown since. At a release,
+`python tests/make_workflow.py --archive VERSION` keeps all workflows as they are in tests/data/archive/VERSION, which
+later versions must still open (tests/test_archive.py).
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from PIL import Image
 
 from comfyui_mend.engine import core_nodes
 from comfyui_mend.engine.validation import describe_errors, input_info, validate_prompt
-from comfyui_mend.engine.workflow_format import default_value, is_widget, read, to_api, widgets
+from comfyui_mend.engine.workflow_format import DRAWN_ONLY, default_value, is_widget, read, to_api, widgets
 from comfyui_mend.nodes import node_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = ROOT / "workflows"
+ARCHIVE = ROOT / "tests" / "data" / "archive"
 
 TITLE = 30
 """Height of a node's title bar, which lies above its position."""
@@ -311,6 +314,30 @@ def write(
         picture.save(WORKFLOWS / f"{name}.jpg", quality=85, optimize=True)
 
 
+def archive(version: str) -> None:
+    """Keeps what engine and page need of every shipped workflow, for good: an archive is never written again."""
+    folder = ARCHIVE / version
+    folder.mkdir(parents=True)
+    for path in sorted(WORKFLOWS.glob("*.json")):
+        ui = read(path)
+        nodes = [
+            {
+                "id": node["id"],
+                "type": node["type"],
+                "inputs": [
+                    {key: slot[key] for key in ("name", "link", "widget") if key in slot} for slot in node["inputs"]
+                ],
+                "widgets_values": node["widgets_values"],
+            }
+            for node in ui["nodes"]
+            if node["type"] not in DRAWN_ONLY
+        ]
+        kept = {"api": plain(read(WORKFLOWS / "api" / path.name)), "page": {"nodes": nodes, "links": ui["links"]}}
+        (folder / path.name).write_text(
+            json.dumps(kept, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8"
+        )
+
+
 def respace(name: str) -> None:
     """Lays a shipped workflow out again, in the same columns and groups, with the sizes that nodes have today."""
     ui, api = read(WORKFLOWS / f"{name}.json"), read(WORKFLOWS / "api" / f"{name}.json")
@@ -340,6 +367,9 @@ def respace(name: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["--archive"]:
+        archive(arguments[1])
+        return 0
     names = [name for name in arguments if name != "--respace"]
     if "--respace" in arguments:
         for name in names:

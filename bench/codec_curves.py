@@ -262,12 +262,10 @@ def main(arguments: Sequence[str]) -> int:
         qualities = spread_qualities(args.count if name == "clean" else args.degraded_count)
         pairs = zip(tqdm(damaged, leave=False, desc=name), clean, strict=True)
         found[name] = {CODEC: [codec_curve(codec, image, target, qualities) for image, target in pairs], **known[name]}
-    training = json.loads(codec.restorer.metadata.get("training") or "{}")
     lines = [
         "# The starter codec against JPEG, WebP, JPEG 2000, and against restoring first",
         "",
-        f"`{args.model.name}` ({codec.restorer.parameters / 1e6:.2f} M parameters; {training.get('steps', '?')} steps, "
-        f"{training.get('minutes', '?')} minutes of training), central {args.size} x {args.size} crops of "
+        f"{report.trained(args.model.name, codec.restorer)}, central {args.size} x {args.size} crops of "
         f"{len(cases['clean'][0])} photographs that were not trained on. {RULES}",
         "",
         f"`mend bench codec --photos PHOTOS/validation --size {args.size}`; {machine.describe(torch.device('cpu'))}",

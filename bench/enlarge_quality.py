@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -50,12 +49,10 @@ def main(arguments: Sequence[str]) -> int:
         args.model.stem: restorer,
     }
     border = (..., slice(scale, -scale), slice(scale, -scale))  # as papers do: the border has no neighbours
-    training = json.loads(restorer.metadata.get("training") or "{}")
     lines = [
         "# Enlarging against interpolation",
         "",
-        f"`{args.model.name}` ({restorer.parameters / 1e3:.0f} k parameters; {training.get('steps', '?')} steps, "
-        f"{training.get('minutes', '?')} minutes of training), central {args.size} x {args.size} crops of {len(clean)} "
+        f"{report.trained(args.model.name, restorer, unit='k')}, central {args.size} x {args.size} crops of {len(clean)} "
         f"photographs that were not trained on, shrunk {scale} times bicubically and enlarged again. RGB, {scale} pixels of "
         "border left out.",
         "",

@@ -195,7 +195,6 @@ def main(arguments: Sequence[str]) -> int:
     restorer = models.load(args.model)
     photos = load_photos(args.photos, args.limit)
     usable = sum(min(p.shape[1:]) >= args.size for p in photos)
-    training = json.loads(restorer.metadata.get("training") or "{}")
     known = (
         {n: f["classical"] for n, f in json.loads(args.known.read_text()).items() if "classical" in f}
         if args.known
@@ -205,8 +204,7 @@ def main(arguments: Sequence[str]) -> int:
     lines = [
         "# Starter weights against classical methods",
         "",
-        f"`{args.model.name}` ({restorer.parameters / 1e6:.2f} M parameters; {training.get('steps', '?')} steps, "
-        f"{training.get('minutes', '?')} minutes of training), central {args.size} x {args.size} crops of {usable} "
+        f"{report.trained(args.model.name, restorer)}, central {args.size} x {args.size} crops of {usable} "
         "photographs that were not trained on. PSNR in dB / SSIM, mean over the photographs, results clipped to 0..1.",
         "",
         f"`mend bench quality --photos PHOTOS/validation --size {args.size}`; {machine.describe(torch.device('cpu'))}",

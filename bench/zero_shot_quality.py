@@ -8,7 +8,6 @@ level, as the zero-shot schemes do.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -183,13 +182,11 @@ def main(arguments: Sequence[str]) -> int:
     prior = zero_shot.network_prior(loaded.load(host.model_path(args.model)), precision=args.precision)
     photos = load_photos(args.photos, args.limit)
     scores = compare(photos, args.size, methods(prior, args.iterations))
-    training = json.loads(prior.loaded.restorer.metadata.get("training") or "{}")
     usable = sum(min(p.shape[1:]) >= args.size for p in photos)
     lines = [
         "# Zero-shot restoration with the starter prior",
         "",
-        f"`{args.model}` ({prior.loaded.restorer.parameters / 1e6:.2f} M parameters; {training.get('steps', '?')} steps, "
-        f"{training.get('minutes', '?')} minutes of training), central {args.size} x {args.size} crops of {usable} "
+        f"{report.trained(args.model, prior.loaded.restorer)}, central {args.size} x {args.size} crops of {usable} "
         "photographs that were neither trained on nor tuned on. PSNR in dB / SSIM, mean over the photographs.",
         "",
         "Pseudo-inverse: grey where nothing was measured. Bicubic: an enlargement; over holes a cubic surface through the known "

@@ -23,10 +23,13 @@ from .zero_shot_inputs import (
     measurement_input,
     mu_input,
     noise_sign_input,
+    picture_output,
     prior_input,
     sigmas_input,
     sign_of,
     state_input,
+    state_output,
+    states_and_picture,
     zeta_input,
 )
 
@@ -261,11 +264,9 @@ class StartFromMeasurement(io.ComfyNode):
             description="CM4IR's first state: what the measurement says (pseudo-inverse, holes filled by medians) and noise.",
             inputs=[prior_input(), measurement_input(), sigmas_input(), seed_input("Chooses the noise."), zeta_input()],
             outputs=[
-                io.Latent.Output("x", display_name="x", tooltip="The noisy state, in the prior's own space."),
-                io.Latent.Output(
-                    "clean", display_name="clean", tooltip="The same without noise, to start a SAMPLER from."
-                ),
-                io.Image.Output("picture", display_name="image", tooltip="The start without noise, to look at."),
+                state_output("x", "The noisy state, in the prior's own space."),
+                state_output("clean", "The same without noise, to start a SAMPLER from."),
+                picture_output("The start without noise, to look at."),
             ],
         )
 
@@ -273,13 +274,12 @@ class StartFromMeasurement(io.ComfyNode):
     def execute(cls, prior, measurement, sigmas, seed=0, zeta=0.0) -> io.NodeOutput:
         sigma = float(zero_shot.levels(sigmas)[0])
 
-        def body(session):
+        def start(session):
             clean = zero_shot.cm4ir_start(session, measurement, 0.0, seed, zeta)
             noisy = zero_shot.cm4ir_start(session, measurement, sigma, seed, zeta)
-            return noisy, session.as_latent(clean), zero_shot.as_picture(session, clean)
+            return (noisy, session.as_latent(clean)), clean
 
-        x, clean, picture = prior.run(zero_shot.picture_size(measurement), body)
-        return io.NodeOutput(as_latent(x), as_latent(clean), as_image(picture))
+        return states_and_picture(prior, zero_shot.picture_size(measurement), start)
 
 
 class PredictClean(io.ComfyNode):
@@ -298,8 +298,8 @@ class PredictClean(io.ComfyNode):
                 *delta_inputs(),
             ],
             outputs=[
-                io.Latent.Output("x0", display_name="x0", tooltip="The clean state."),
-                io.Image.Output("picture", display_name="image", tooltip="The same as a picture."),
+                state_output("x0", "The clean state."),
+                picture_output(),
             ],
         )
 
@@ -307,12 +307,11 @@ class PredictClean(io.ComfyNode):
     def execute(cls, prior, x, sigmas, index=0, delta=0.0, delta_in_scalings=False) -> io.NodeOutput:
         sigma, _ = levels_at(sigmas, index)
 
-        def body(session):
+        def predict(session):
             x0 = cm4ir.predict(session.prior, x["samples"].to(session.device), sigma, delta, delta_in_scalings)
-            return x0, zero_shot.as_picture(session, x0)
+            return (x0,), x0
 
-        x0, picture = prior.run(x["samples"].shape, body)
-        return io.NodeOutput(as_latent(x0), as_image(picture))
+        return states_and_picture(prior, x["samples"].shape, predict)
 
 
 class BackProject(io.ComfyNode):
@@ -331,21 +330,20 @@ class BackProject(io.ComfyNode):
                 mu_input(),
             ],
             outputs=[
-                io.Latent.Output("guided", display_name="guided", tooltip="The corrected state."),
-                io.Image.Output("picture", display_name="image", tooltip="The same as a picture."),
+                state_output("guided", "The corrected state."),
+                picture_output(),
             ],
         )
 
     @classmethod
     def execute(cls, prior, measurement, x0, zeta=0.0, mu=1.0) -> io.NodeOutput:
-        def body(session):
+        def back_project(session):
             y = measurement.to(session.device)
             state = x0["samples"].to(session.device)
-            moved = cm4ir.back_project(session.operator(y.operator), state, y.y, zeta, y.noise, mu)
-            return moved, zero_shot.as_picture(session, moved)
+            guided = cm4ir.back_project(session.operator(y.operator), state, y.y, zeta, y.noise, mu)
+            return (guided,), guided
 
-        guided, picture = prior.run(zero_shot.picture_size(measurement), body)
-        return io.NodeOutput(as_latent(guided), as_image(picture))
+        return states_and_picture(prior, zero_shot.picture_size(measurement), back_project)
 
 
 class MixNoise(io.ComfyNode):
@@ -367,7 +365,7 @@ class MixNoise(io.ComfyNode):
                 eta_input(),
                 noise_sign_input(),
             ],
-            outputs=[io.Latent.Output("x_next", display_name="x next", tooltip="The noisy state of the next step.")],
+            outputs=[state_output("x_next", "The noisy state of the next step.")],
         )
 
     @classmethod
@@ -406,12 +404,10 @@ class Cm4irStep(io.ComfyNode):
                 advanced(noise_sign_input()),
             ],
             outputs=[
-                io.Latent.Output(
-                    "x_next", display_name="x next", tooltip="The next state; the result after the last step."
-                ),
-                io.Latent.Output("x0", display_name="x0", tooltip="What the prior saw."),
-                io.Latent.Output("guided", display_name="guided", tooltip="The same, moved onto the measurement."),
-                io.Image.Output("picture", display_name="image", tooltip="The guided state as a picture."),
+                state_output("x_next", "The next state; the result after the last step."),
+                state_output("x0", "What the prior saw."),
+                state_output("guided", "The same, moved onto the measurement."),
+                picture_output("The guided state as a picture."),
             ],
         )
 
@@ -433,7 +429,7 @@ class Cm4irStep(io.ComfyNode):
     ) -> io.NodeOutput:
         sigma, following = levels_at(sigmas, index)
 
-        def body(session):
+        def step(session):
             y = measurement.to(session.device)
             state = x["samples"].to(session.device)
             settings = zero_shot.Cm4ir(zeta, eta, mu, sign_of(noise_sign), (), delta_in_scalings)
@@ -450,11 +446,10 @@ class Cm4irStep(io.ComfyNode):
                 mu=mu,
                 **settings.options(y),
             )
-            return done, zero_shot.as_picture(session, done.guided)
+            onward = done.guided if done.x_next is None else done.x_next
+            return (onward, done.x0, done.guided), done.guided
 
-        done, picture = prior.run(zero_shot.picture_size(measurement), body)
-        onward = done.guided if done.x_next is None else done.x_next
-        return io.NodeOutput(as_latent(onward), as_latent(done.x0), as_latent(done.guided), as_image(picture))
+        return states_and_picture(prior, zero_shot.picture_size(measurement), step)
 
 
 class StateToImage(io.ComfyNode):
@@ -466,15 +461,13 @@ class StateToImage(io.ComfyNode):
             category=STEPS,
             description="Shows a state of a zero-shot chain, or the result of a SAMPLER on a pixel model, as a picture.",
             inputs=[prior_input(), state_input("state", "A clean or noisy state in the prior's own space.")],
-            outputs=[io.Image.Output("picture", display_name="image", tooltip="The picture, clamped to 0..1.")],
+            outputs=[picture_output("The picture, clamped to 0..1.")],
         )
 
     @classmethod
     def execute(cls, prior, state) -> io.NodeOutput:
-        def body(session):
-            return zero_shot.as_picture(session, state["samples"].to(session.device))
-
-        return io.NodeOutput(as_image(prior.run(state["samples"].shape, body)))
+        samples = state["samples"]
+        return states_and_picture(prior, samples.shape, lambda session: ((), samples.to(session.device)))
 
 
 NODES = [

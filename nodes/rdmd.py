@@ -22,8 +22,11 @@ from .zero_shot_inputs import (
     flow_input,
     index_input,
     measurement_input,
+    picture_output,
     prior_input,
     state_input,
+    state_output,
+    states_and_picture,
 )
 
 
@@ -83,8 +86,8 @@ class RdmdStart(io.ComfyNode):
             description="RDMD's first estimate (the picture as it was measured, enlarged if need be) and first noisy state.",
             inputs=[prior_input(), measurement_input(), seed_input("Chooses the noise.")],
             outputs=[
-                io.Latent.Output("u", display_name="u", tooltip="The running estimate."),
-                io.Latent.Output("x", display_name="x", tooltip="The noisy state of the diffusion chain."),
+                state_output("u", "The running estimate."),
+                state_output("x", "The noisy state of the diffusion chain."),
             ],
         )
 
@@ -118,10 +121,10 @@ class RdmdStep(io.ComfyNode):
                 renewal_input(),
             ],
             outputs=[
-                io.Latent.Output("u_next", display_name="u next", tooltip="The estimate after this step."),
-                io.Latent.Output("x_next", display_name="x next", tooltip="The state after this step."),
-                io.Latent.Output("denoised", display_name="denoised", tooltip="What the prior saw in the state."),
-                io.Image.Output("picture", display_name="image", tooltip="The estimate as a picture."),
+                state_output("u_next", "The estimate after this step."),
+                state_output("x_next", "The state after this step."),
+                state_output("denoised", "What the prior saw in the state."),
+                picture_output("The estimate as a picture."),
             ],
         )
 
@@ -133,7 +136,7 @@ class RdmdStep(io.ComfyNode):
         if index >= iterations:
             raise InputError(f"index: {index}, but there are {iterations} iterations (0..{iterations - 1})")
 
-        def body(session):
+        def step(session):
             y = measurement.to(session.device)
             done = rdmd.iterate(
                 session.prior,
@@ -146,11 +149,9 @@ class RdmdStep(io.ComfyNode):
                 zero_shot.rdmd_draw(u["samples"].shape, seed, session.device),
                 zeta=settings.fresh(y),
             )
-            return done, zero_shot.as_picture(session, done.u)
+            return (done.u, done.x_next, done.u if done.denoised is None else done.denoised), done.u
 
-        done, picture = prior.run(zero_shot.picture_size(measurement), body)
-        denoised = done.u if done.denoised is None else done.denoised
-        return io.NodeOutput(as_latent(done.u), as_latent(done.x_next), as_latent(denoised), as_image(picture))
+        return states_and_picture(prior, zero_shot.picture_size(measurement), step)
 
 
 class Regularise(io.ComfyNode):
@@ -182,19 +183,18 @@ class Regularise(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Latent.Output("regularised", display_name="regularised", tooltip="The cleaned estimate."),
-                io.Image.Output("picture", display_name="image", tooltip="The same as a picture."),
+                state_output("regularised", "The cleaned estimate."),
+                picture_output(),
             ],
         )
 
     @classmethod
     def execute(cls, prior, u, level=0.05, consistent=False) -> io.NodeOutput:
-        def body(session):
-            r = rdmd.regularise(session.prior, u["samples"].to(session.device), level, consistent)
-            return r, zero_shot.as_picture(session, r)
+        def regularise(session):
+            regularised = rdmd.regularise(session.prior, u["samples"].to(session.device), level, consistent)
+            return (regularised,), regularised
 
-        r, picture = prior.run(u["samples"].shape, body)
-        return io.NodeOutput(as_latent(r), as_image(picture))
+        return states_and_picture(prior, u["samples"].shape, regularise)
 
 
 class RdmdStrip(io.ComfyNode):

@@ -1,6 +1,8 @@
-"""What the nodes of zero-shot restoration share: inputs that several have, and how states travel."""
+"""What the nodes of zero-shot restoration share: inputs and outputs that several have, and how states travel."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -8,6 +10,7 @@ from ..engine import host, zero_shot
 from ..errors import InputError
 from . import sockets
 from .api import advanced, io
+from .images import as_image
 
 CATEGORY = "Mend/zero-shot"
 STEPS = "Mend/zero-shot/steps"
@@ -16,6 +19,29 @@ STEPS = "Mend/zero-shot/steps"
 def as_latent(samples: torch.Tensor) -> dict[str, torch.Tensor]:
     """A state as ComfyUI's LATENT."""
     return {"samples": samples.to(host.intermediate_device(), torch.float32)}
+
+
+def states_and_picture(
+    prior: zero_shot.Prior,
+    size: tuple[int, ...],
+    body: Callable[[zero_shot.Session], tuple[Sequence[torch.Tensor], torch.Tensor]],
+) -> io.NodeOutput:
+    """States as LATENTs and a picture as IMAGE: body(session) gives the states, and the clean one that is shown."""
+
+    def with_picture(session: zero_shot.Session) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
+        states, shown = body(session)
+        return states, zero_shot.as_picture(session, shown)
+
+    states, picture = prior.run(size, with_picture)
+    return io.NodeOutput(*map(as_latent, states), as_image(picture))
+
+
+def state_output(name: str, tooltip: str) -> io.Output:
+    return io.Latent.Output(name, display_name=name.replace("_", " "), tooltip=tooltip)
+
+
+def picture_output(tooltip: str = "The same as a picture.") -> io.Output:
+    return io.Image.Output("picture", display_name="image", tooltip=tooltip)
 
 
 def prior_input() -> io.Input:

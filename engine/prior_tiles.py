@@ -67,8 +67,10 @@ def in_parts(network: Network, loaded: LoadedRestorer, dtype: torch.dtype, devic
                 restorer.architecture.global_statistics or "it looks far",
             )
         overlap = tiling.choose_overlap(loaded, side)
+        multiple = restorer.multiple_of
         rows, columns = (
-            tiling.plan_axis(length, min(side, length), overlap, restorer.multiple_of) for length in (height, width)
+            tiling.plan_axis(n, tiling.fit_tile(n, side, overlap, multiple, restorer.minimum_size), overlap, multiple)
+            for n in (height, width)
         )
         result = torch.zeros_like(x)
         for image, (top, down), (left, across) in product(

@@ -69,6 +69,16 @@ def plan_axis(length: int, tile: int, overlap: int, multiple: int = 1) -> Axis:
     return Axis(tile, tuple(starts), normalised)
 
 
+def fit_tile(length: int, tile: int, overlap: int, multiple: int = 1, smallest: int = 1) -> int:
+    """The smallest tile that covers `length` with as many tiles as `tile` does: no pixel is computed for nothing."""
+    if tile >= length:
+        return length
+    overlap = min(overlap, tile - multiple)
+    count = math.ceil((length - overlap) / (tile - overlap))
+    needed = round_up(math.ceil((length + (count - 1) * overlap) / count), multiple)
+    return min(tile, max(needed, smallest))
+
+
 def _ramp(shared: int) -> torch.Tensor:
     """0 to 1 over the middle half of an overlap: its outer quarters, which lack context on one side, stay out."""
     position = (torch.arange(shared) + 0.5) / shared
@@ -217,6 +227,7 @@ def run(
                     result[images],
                     side,
                     overlap,
+                    not tile,
                     dtype,
                     where,
                     _slice(given, images, batch),
@@ -270,14 +281,18 @@ def _tile_count(loaded: LoadedRestorer, images: int, height: int, width: int, si
     return len(rows.starts) * len(columns.starts)
 
 
-def _plan(loaded: LoadedRestorer, height: int, width: int, side: int, overlap: int) -> tuple[Axis, Axis]:
+def _plan(
+    loaded: LoadedRestorer, height: int, width: int, side: int, overlap: int, fit: bool = False
+) -> tuple[Axis, Axis]:
+    """fit: `side` is the largest that may be, not the one that was asked for."""
     restorer = loaded.restorer
     multiple = restorer.multiple_of
     shared = choose_overlap(loaded, side) if overlap < 0 else min(overlap, side // 2)
     axes = []
     for length in (height, width):
         padded = round_up(max(length, restorer.minimum_size), multiple)
-        axes.append(plan_axis(padded, min(side, padded), shared, multiple))
+        tile = fit_tile(padded, side, shared, multiple, restorer.minimum_size) if fit else min(side, padded)
+        axes.append(plan_axis(padded, tile, shared, multiple))
     return axes[0], axes[1]
 
 
@@ -301,6 +316,7 @@ def _restore_images(
     result: torch.Tensor,
     side: int,
     overlap: int,
+    fit: bool,
     dtype: torch.dtype,
     device: torch.device,
     context: dict[str, Any],
@@ -309,7 +325,7 @@ def _restore_images(
     """Restores pictures of one size into `result`."""
     restorer, scale = loaded.restorer, loaded.restorer.scale
     height, width = image.shape[-2:]
-    rows, columns = _plan(loaded, height, width, side, overlap)
+    rows, columns = _plan(loaded, height, width, side, overlap, fit)
     context = {k: v.to(device) if hasattr(v, "to") else v for k, v in context.items()}
     if len(rows.starts) == len(columns.starts) == 1:
         host.check_interrupt()

@@ -38,6 +38,31 @@ def test_tiles_are_equal_cover_everything_and_their_windows_sum_to_one(length: i
     assert all(a + axis.tile - b >= shared - 4 for a, b in zip(axis.starts, axis.starts[1:], strict=False))
 
 
+@given(
+    length=st.integers(1, 300).map(lambda n: 4 * n),
+    tile=st.integers(2, 80).map(lambda n: 4 * n),
+    overlap=st.integers(0, 60),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_fitted_tile_needs_no_more_tiles_and_computes_hardly_more_than_picture_and_overlaps(
+    length: int, tile: int, overlap: int
+) -> None:
+    fitted = tiling.fit_tile(length, tile, overlap, 4)
+    count = len(tiling.plan_axis(length, tile, overlap, 4).starts)
+    axis = tiling.plan_axis(length, fitted, overlap, 4)
+    assert len(axis.starts) == count and fitted <= min(tile, length) and fitted % 4 == 0
+    shared = min(overlap, min(tile, length) - 4)
+    assert count * fitted < length + (count - 1) * max(shared, 0) + 4 * count
+
+
+def test_a_picture_a_little_larger_than_the_memory_allows_is_not_computed_twice(monkeypatch) -> None:
+    restorer = local_restorer()
+    monkeypatch.setattr(tiling, "choose_tile", lambda *args: 128)
+    tiling.restore(restorer, torch.rand(1, 3, 136, 136), overlap=16)
+    sizes = [call[-2:] for call in restorer.restorer.module.calls]
+    assert len(sizes) == 4 and sum(h * w for h, w in sizes) < 1.4 * 136 * 136
+
+
 def test_a_tiled_run_of_a_local_network_equals_the_whole_run() -> None:
     restorer, image = local_restorer(), torch.rand(2, 3, 150, 203)
     whole = tiling.restore(restorer, image, tile=4096)

@@ -129,7 +129,7 @@ def main(arguments: Sequence[str]) -> int:
         f"**{len(failed)} of {args.images} pictures** had an integer that was not recovered; some {integers:,} integers of y were.",
         "No GPU was there: that a stream written on a GPU is read on a CPU was not tried.",
         "",
-        f"`mend bench agreement --images {args.images}`; {machine.describe(torch.device('cpu'))}",
+        machine.command(f"agreement --images {args.images}"),
         *(f"- {number}: {' to '.join(pair(int(number)))}: {message}" for number, message in failed.items()),
     ]
     report.publish(lines, args.out)

@@ -268,7 +268,7 @@ def main(arguments: Sequence[str]) -> int:
         f"{report.trained(args.model.name, codec.restorer)}, central {args.size} x {args.size} crops of "
         f"{len(cases['clean'][0])} photographs that were not trained on. {RULES}",
         "",
-        f"`mend bench codec --photos PHOTOS/validation --size {args.size}`; {machine.describe(torch.device('cpu'))}",
+        machine.command(f"codec --photos PHOTOS/validation --size {args.size}"),
     ]
     for name in found:
         if name == "clean":

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         f"photographs that were not trained on, shrunk {scale} times bicubically and enlarged again. RGB, {scale} pixels of "
         "border left out.",
         "",
-        f"`mend bench enlarge --photos PHOTOS/validation --size {args.size}`; {machine.describe(torch.device('cpu'))}",
+        machine.command(f"enlarge --photos PHOTOS/validation --size {args.size}"),
         "",
         "| method | PSNR | SSIM |",
         "|---|---|---|",

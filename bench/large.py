@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     args = _parser().parse_args(arguments)
     if args.one:
         return _one(args)
-    print(f"`mend bench large {' '.join(arguments)}`; {machine.describe(torch.device('cpu'))}\n\n{HEAD}", flush=True)
+    print(f"{machine.command('large', *arguments)}\n\n{HEAD}", flush=True)
     command = [sys.executable, "-m", __package__.partition(".")[0], "bench", "large", *arguments, "--one"]
     failed = [name for name in args.model if subprocess.run([*command, name]).returncode]
     return 1 if failed else 0

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         "# Channels-last feature maps on a CPU",
         "",
         f"`mend bench layout --size {parsed.size}`: each network's first variant, random weights, processor seconds of one pass.",
-        machine.describe(torch.device("cpu")),
+        machine.describe(),
         "",
         "| network | plain | channels last | saved | largest difference |",
         "|---|---|---|---|---|",

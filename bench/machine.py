@@ -9,8 +9,15 @@ from pathlib import Path
 
 import torch
 
+CPU = torch.device("cpu")
 
-def describe(device: torch.device) -> str:
+
+def command(*words: str, device: torch.device = CPU) -> str:
+    """How a result was made, `mend bench` followed by these words, and on what."""
+    return f"`mend bench {' '.join(words)}`; {describe(device)}"
+
+
+def describe(device: torch.device = CPU) -> str:
     """Device, torch version, threads and date on one line."""
     if device.type == "cpu":
         what = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

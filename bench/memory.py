@@ -33,9 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     host.set_device("cpu")
     rows = json.loads(memory.TABLE.read_text(encoding="utf-8"))["rows"] if memory.TABLE.is_file() else []
     known = {(row["network"], memory.settings(row["config"])): row for row in rows}
-    print(
-        f"`mend bench memory {' '.join(arguments)}`; {machine.describe(torch.device('cpu'))}; bytes per pixel\n\n{HEAD}"
-    )
+    print(f"{machine.command('memory', *arguments)}; bytes per pixel\n\n{HEAD}")
     kinds = ("restorer", "codec")
     for name, restorer in networks(args.model, args.only, args.variant, kinds=kinds):
         key = restorer.architecture.id, memory.settings(restorer.config)

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
         torch.set_num_threads(args.threads)
     host.set_device(args.device)
     device = host.device()
-    print(f"`mend bench restorer {' '.join(arguments)}`; {machine.describe(device)}; best of {args.repeat} (median)\n")
+    print(f"{machine.command('restorer', *arguments, device=device)}; best of {args.repeat} (median)\n")
     print("| network | parameters | size | precision | ms (median) | MP/s | peak activations MB | bytes/pixel |")
     print("|---|---|---|---|---|---|---|---|")
     for name, restorer in networks(args.model, args.only, args.variant):

@@ -207,7 +207,7 @@ def main(arguments: Sequence[str]) -> int:
         f"{report.trained(args.model.name, restorer)}, central {args.size} x {args.size} crops of {usable} "
         "photographs that were not trained on. PSNR in dB / SSIM, mean over the photographs, results clipped to 0..1.",
         "",
-        f"`mend bench quality --photos PHOTOS/validation --size {args.size}`; {machine.describe(torch.device('cpu'))}",
+        machine.command(f"quality --photos PHOTOS/validation --size {args.size}"),
         "",
         *table(scores),
     ]

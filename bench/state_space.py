@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     lines = [
         "# State-space networks end to end, CPU",
         "",
-        f"`mend bench scan {' '.join(arguments)}`; {machine.describe(torch.device('cpu'))}",
+        machine.command("scan", *arguments),
         "",
         f"One picture of {args.size} x {args.size}, float32, random weights; processor time of the fastest of {args.repeat} "
         "runs after a warm-up of 64 x 64, and the share of it in the state-space operators (by the profiler, on the clock).",

@@ -124,8 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "the degradation model instead. The model itself learned from simulations up to strength 1.1, so the samples carry "
         "knowledge of stronger damage than the first arm sees; that is what such samples are for.",
         "",
-        f"`mend bench samples --photos PHOTOS --steps {options.steps} --seeds {options.seeds} --pairs {options.pairs}`; "
-        f"{machine.describe(torch.device('cpu'))}",
+        machine.command(
+            f"samples --photos PHOTOS --steps {options.steps} --seeds {options.seeds} --pairs {options.pairs}"
+        ),
         "",
         *markdown(scores),
     ]

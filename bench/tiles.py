@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     host.set_device("cpu")
-    print(f"`mend bench tiles {' '.join(arguments)}`; {machine.describe(torch.device('cpu'))}; in steps of 0..255\n")
+    print(f"{machine.command('tiles', *arguments)}; in steps of 0..255\n")
     print("| network | picture | tile | reach | mean difference | largest | of the restoration's own mean change |")
     print("|---|---|---|---|---|---|---|")
     for name in args.model:

@@ -193,8 +193,9 @@ def main(arguments: Sequence[str]) -> int:
         "pixels; for blur the picture as it is. Wiener: the best linear estimate for pictures with a spectrum of 1 / f^2. "
         f"RDMD: {args.iterations} iterations, tau 0.5.",
         "",
-        f"`mend bench zero-shot --photos PHOTOS/validation --size {args.size} --iterations {args.iterations} --precision {args.precision}`; "
-        f"{machine.describe(torch.device('cpu'))}",
+        machine.command(
+            f"zero-shot --photos PHOTOS/validation --size {args.size} --iterations {args.iterations} --precision {args.precision}"
+        ),
         "",
         *table(scores),
     ]

@@ -22,6 +22,7 @@ from .. import models
 from ..codec import coder
 from ..codec.container import Bitstream
 from ..codec.entropy import BitstreamError
+from ..engine import host
 from ..models.aio_codec import QUALITIES, AllInOneCodec
 from . import machine, report
 
@@ -106,9 +107,8 @@ def run(model: Path, images: int) -> tuple[dict[str, str], int]:
 
 def main(arguments: Sequence[str]) -> int:
     """Prints and, where asked, writes the result; exit status 1 if a picture failed."""
-    weights = Path(__file__).resolve().parent.parent / "weights"
     parser = argparse.ArgumentParser(prog="mend bench agreement", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=weights / "mend-aio-codec-starter.safetensors")
+    parser.add_argument("--model", type=Path, default=host.PACK / "weights" / "mend-aio-codec-starter.safetensors")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--out", type=Path, help="also write the result here (.md)")
     parser.add_argument("--stage", choices=["encode", "decode"], help=argparse.SUPPRESS)

@@ -25,6 +25,7 @@ from .. import models
 from ..codec import compress
 from ..codec.entropy import Decoder, Encoder
 from ..codec.rates import Point, codec_curve, pillow_curve, spread_qualities
+from ..engine import host
 from ..engine.loaded import LoadedRestorer
 from ..engine.pictures import curves, from_pil, to_pil
 from ..engine.report import psnr
@@ -225,11 +226,10 @@ def _from_json(text: str) -> dict[str, Curves]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    weights = Path(__file__).resolve().parent.parent / "weights"
     parser = argparse.ArgumentParser(prog="mend bench codec", description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=Path, required=True, help="folder of clean photographs")
-    parser.add_argument("--model", type=Path, default=weights / "mend-aio-codec-starter.safetensors")
-    parser.add_argument("--restorer", type=Path, default=weights / "mend-moce-ir-starter.safetensors")
+    parser.add_argument("--model", type=Path, default=host.PACK / "weights" / "mend-aio-codec-starter.safetensors")
+    parser.add_argument("--restorer", type=Path, default=host.PACK / "weights" / "mend-moce-ir-starter.safetensors")
     parser.add_argument("--size", type=int, default=384, help="side of the central crop (384)")
     parser.add_argument("--count", type=int, default=7, help="qualities for clean pictures (7)")
     parser.add_argument("--degraded-count", type=int, default=5, help="qualities for damaged ones (5)")

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from .. import models
+from ..engine import host
 from ..engine.pictures import from_pil, to_pil
 from ..engine.report import psnr, ssim
 from ..training.data import load_photos, shrink
@@ -32,10 +33,9 @@ def _resample(filter: Image.Resampling, scale: int) -> Method:
 @torch.inference_mode()
 def main(arguments: Sequence[str]) -> int:
     """Prints the table, and writes it where asked."""
-    weights = Path(__file__).resolve().parent.parent / "weights"
     parser = argparse.ArgumentParser(prog="mend bench enlarge", description=__doc__)
     parser.add_argument("--photos", type=Path, required=True, help="folder of clean photographs")
-    parser.add_argument("--model", type=Path, default=weights / "mend-mair-x2-starter.safetensors")
+    parser.add_argument("--model", type=Path, default=host.PACK / "weights" / "mend-mair-x2-starter.safetensors")
     parser.add_argument("--size", type=int, default=192, help="side of the central crop, before it is shrunk (192)")
     parser.add_argument("--out", type=Path, help="also write the table here (.md)")
     args = parser.parse_args(arguments)

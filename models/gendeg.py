@@ -17,8 +17,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError, InputError
 from .layers.padding import crop
-from .layers.state_dict import count_indices
-from .nafnet import NAFBlock, Stage
+from .nafnet import NAFBlock, Stage, nafnet_config
 from .registry import Architecture, State
 
 MU_RANGE, SIGMA_RANGE, BINS = (0.0, 0.7), (0.0, 0.4), 128
@@ -201,21 +200,6 @@ def _build_correction(config: Mapping[str, Any]) -> StructureCorrection:
         raise ConfigError(f"structure correction: {error}") from None
 
 
-def _correction_config(state: State) -> dict[str, Any]:
-    width, img_channel = state["intro.weight"].shape[:2]
-    levels = count_indices(state, "downs.")
-    config = {
-        "img_channel": img_channel,
-        "width": width,
-        "enc_blk_nums": tuple(count_indices(state, f"encoders.{i}.") for i in range(levels)),
-        "middle_blk_num": count_indices(state, "middle_blks."),
-        "dec_blk_nums": tuple(count_indices(state, f"decoders.{i}.") for i in range(levels)),
-    }
-    if not (1 <= levels <= 8 and 1 <= width <= 1024 and img_channel <= 64):
-        raise CheckpointError(f"structure correction: absurd sizes: {config}")
-    return config
-
-
 def _is_correction(state: State) -> bool:
     """A NAFNet that returns half as many channels as it takes."""
     if not all(key in state for key in _CORRECTION):
@@ -252,7 +236,7 @@ ARCHITECTURES = [
         paper=_PAPER,
         licence=f"{_LICENCE}; network code MIT (megvii)",
         detect=_is_correction,
-        config_from_state_dict=_correction_config,
+        config_from_state_dict=lambda state: nafnet_config(state, "structure correction", "decoders."),
         build=_build_correction,
         matches_config=lambda config: "enc_blk_nums" in config,
         kind="helper",

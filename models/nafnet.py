@@ -195,7 +195,11 @@ def _dcpt_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {re.sub(r"^decoders\.(\d+)\.", r"decoder\1.", key): tensor for key, tensor in state.items()}
 
 
-def _config_from_state_dict(state: State) -> dict[str, Any]:
+def nafnet_config(state: State, title: str, decoder: str) -> dict[str, Any]:
+    """Channels and numbers of blocks of a NAFNet whose decoder stages are named `decoder` and a number.
+
+    Raises CheckpointError in the name of `title` for absurd ones.
+    """
     width, img_channel = state["intro.weight"].shape[:2]
     levels = count_indices(state, "downs.")
     config = {
@@ -203,11 +207,10 @@ def _config_from_state_dict(state: State) -> dict[str, Any]:
         "width": width,
         "enc_blk_nums": tuple(count_indices(state, f"encoders.{i}.") for i in range(levels)),
         "middle_blk_num": count_indices(state, "middle_blks."),
-        "dec_blk_nums": tuple(count_indices(state, f"decoder{i}.") for i in range(levels)),
-        "train_size": None,
+        "dec_blk_nums": tuple(count_indices(state, f"{decoder}{i}.") for i in range(levels)),
     }
     if not (1 <= levels <= 8 and 1 <= width <= 1024 and 1 <= img_channel <= 64):
-        raise CheckpointError(f"NAFNet: absurd sizes: {config}")
+        raise CheckpointError(f"{title}: absurd sizes: {config}")
     return config
 
 
@@ -220,7 +223,7 @@ ARCHITECTURES = [
         "al., Universal Image Restoration Pre-training via Degradation Classification, ICLR 2025, arXiv 2501.15510",
         licence="network code MIT (megvii); DCPT code and weights: none stated, ask the authors",
         detect=lambda state: all(key in state for key in _SIGNATURE),
-        config_from_state_dict=_config_from_state_dict,
+        config_from_state_dict=lambda state: {**nafnet_config(state, "NAFNet", "decoder"), "train_size": None},
         build=_build,
         matches_config=lambda config: "enc_blk_nums" in config,
         tasks=("derain", "denoise", "dehaze", "low-light", "deblur"),

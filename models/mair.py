@@ -14,11 +14,18 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from ..errors import CheckpointError, ConfigError, InputError
+from ..errors import ConfigError, InputError
 from .layers.feed_forward import FeedForward
 from .layers.residual_groups import WITHOUT_EFFECT, ResidualGroupNetwork, frame_config
 from .layers.state_dict import expansion_factor
-from .layers.state_space import GatedStateSpace2d, StateSpaceBlock, cached_orders, dt_rank, initialise_linear
+from .layers.state_space import (
+    GatedStateSpace2d,
+    StateSpaceBlock,
+    cached_orders,
+    dt_rank,
+    initialise_linear,
+    scan_sizes,
+)
 from .layers.state_space_unet import STAGES, StateSpaceUNet, unet_config
 from .registry import Architecture, State
 
@@ -245,10 +252,8 @@ def _flat_scan_len(embed_dim: int, d_state: int, upsampler: str) -> int:
 def _flat_config(state: State) -> dict[str, Any]:
     config = frame_config(state, "blocks")
     block = "layers.0.residual_group.blocks.0"
-    dim, d_state = config["embed_dim"], state[f"{block}.self_attention.A_logs"].shape[1]
-    inner = state[f"{block}.self_attention.conv2d.weight"].shape[0]
-    hidden = state[f"{block}.conv_blk.fc1.weight"].shape[0]
-    _check_state_size(d_state)
+    dim, hidden = config["embed_dim"], state[f"{block}.conv_blk.fc1.weight"].shape[0]
+    inner, d_state = scan_sizes(state, block, "MaIR")
     return {
         **config,
         "d_state": d_state,
@@ -262,23 +267,16 @@ def _unet_config(state: State) -> dict[str, Any]:
     config = unet_config(state)
     first = {stage: f"{stage}.0" for stage in STAGES}
     width = {stage: state[f"{block}.skip_scale"].shape[0] for stage, block in first.items()}
-    inner = {stage: state[f"{block}.self_attention.conv2d.weight"].shape[0] for stage, block in first.items()}
     hidden = {stage: state[f"{block}.mlp.fc1.weight"].shape[0] for stage, block in first.items()}
-    states = {stage: state[f"{block}.self_attention.A_logs"].shape[1] for stage, block in first.items()}
-    for size in states.values():
-        _check_state_size(size)
+    scanned = {stage: scan_sizes(state, block, "MaIR") for stage, block in first.items()}
+    states = {stage: size for stage, (_, size) in scanned.items()}
     config |= {
-        "ssm_ratio": expansion_factor([(width[s], inner[s]) for s in STAGES]),
+        "ssm_ratio": expansion_factor([(width[s], scanned[s][0]) for s in STAGES]),
         "flp_ratio": expansion_factor([(width["encoder_level1"], hidden["encoder_level1"])]),
         "mlp_ratio": expansion_factor([(width[s], hidden[s]) for s in STAGES[1:]]),
         "scan_len": 4 if config["dim"] > 24 else 8,
     }
     return config if states == _UNET_STATES else {**config, "d_states": states}
-
-
-def _check_state_size(size: int) -> None:
-    if not 1 <= size <= 256:
-        raise CheckpointError(f"MaIR: A_logs has {size} states a channel, must be 1 to 256")
 
 
 def _build(network: type[nn.Module]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from .layers.residual_groups import WITHOUT_EFFECT, ResidualGroupNetwork, frame_config
 from .layers.state_dict import expansion_factor
 from .layers.state_space import (
@@ -22,6 +22,7 @@ from .layers.state_space import (
     convolve,
     dt_rank,
     initialise_linear,
+    scan_sizes,
 )
 from .layers.state_space_unet import STAGES, StateSpaceUNet, unet_config
 from .registry import Architecture, State
@@ -243,11 +244,8 @@ def _light_generation(state: State, block: str) -> int:
 def _flat_config(state: State) -> dict[str, Any]:
     config = frame_config(state, "blocks")
     block = "layers.0.residual_group.blocks.0"
-    inner = state[f"{block}.self_attention.conv2d.weight"].shape[0]
-    config |= {
-        "d_state": _checked(state[f"{block}.self_attention.A_logs"].shape[1]),
-        "mlp_ratio": expansion_factor([(config["embed_dim"], inner)]),
-    }
+    inner, d_state = scan_sizes(state, block, "MambaIR")
+    config |= {"d_state": d_state, "mlp_ratio": expansion_factor([(config["embed_dim"], inner)])}
     if config["upsampler"] == "pixelshuffledirect":
         config["light"] = _light_generation(state, block)
     return config
@@ -255,21 +253,13 @@ def _flat_config(state: State) -> dict[str, Any]:
 
 def _unet_config(state: State) -> dict[str, Any]:
     config = unet_config(state)
-    first = {stage: f"{stage}.0" for stage in STAGES}
-    widths = [
-        (state[f"{b}.skip_scale"].shape[0], state[f"{b}.self_attention.conv2d.weight"].shape[0]) for b in first.values()
-    ]
+    scanned = {stage: scan_sizes(state, f"{stage}.0", "MambaIR") for stage in STAGES}
+    widths = [(state[f"{stage}.0.skip_scale"].shape[0], inner) for stage, (inner, _) in scanned.items()]
     return {
         **config,
         "mlp_ratio": expansion_factor(widths),
-        "d_states": {s: _checked(state[f"{b}.self_attention.A_logs"].shape[1]) for s, b in first.items()},
+        "d_states": {stage: states for stage, (_, states) in scanned.items()},
     }
-
-
-def _checked(states: int) -> int:
-    if not 1 <= states <= 256:
-        raise CheckpointError(f"MambaIR: A_logs has {states} states a channel, must be 1 to 256")
-    return states
 
 
 _COMMON = {

@@ -7,7 +7,7 @@ are [B, H, W, C] here: normalisation and linear layers need no transposition, an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...errors import ConfigError
+from ...errors import CheckpointError, ConfigError
 from ...kernels.selective_scan import state_space_2d
 
 _LARGEST_STATE = 256
@@ -42,6 +42,18 @@ def cached_orders(build: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 def convolve(convolution: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A 2-D convolution of [B, H, W, C], without copies: permuted, it is a channels-last picture."""
     return convolution(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def scan_sizes(state: Mapping[str, torch.Tensor], block: str, title: str) -> tuple[int, int]:
+    """(channels, states of each) that the `self_attention` of a block scans, from a state dict.
+
+    Raises CheckpointError in the name of `title` for absurd numbers of states.
+    """
+    channels = state[f"{block}.self_attention.conv2d.weight"].shape[0]
+    states = state[f"{block}.self_attention.A_logs"].shape[1]
+    if not 1 <= states <= _LARGEST_STATE:
+        raise CheckpointError(f"{title}: A_logs has {states} states a channel, must be 1 to {_LARGEST_STATE}")
+    return channels, states
 
 
 class StateSpace(nn.Module):

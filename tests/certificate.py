@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
-import importlib.util
 import json
 import platform
 import sys
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
+import parity
 from comfyui_mend import models
 from comfyui_mend.errors import MendError
 
@@ -30,16 +30,7 @@ HERE = Path(__file__).resolve().parent
 TARGET = HERE.parent / "parity" / "certificate.json"
 
 
-def _load(name: str, path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-parity = _load("mend_parity", HERE / "parity.py")
-check = _load("mend_parity_check", HERE / "data" / "check.py")
+check = parity.load(HERE / "data" / "check.py")
 
 
 def certify(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from comfyui_mend import models
 HERE = Path(__file__).resolve().parent
 
 
-def _load(path: Path) -> Any:
+def load(path: Path) -> Any:
+    """The module of a file that lies beside this one."""
     spec = importlib.util.spec_from_file_location(f"mend_parity_{path.stem.replace('-', '_')}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -38,7 +39,7 @@ def _load(path: Path) -> Any:
     return module
 
 
-fill = _load(HERE / "data" / "fill.py")
+fill = load(HERE / "data" / "fill.py")
 
 
 class Case:
@@ -115,7 +116,7 @@ def run_case(folder: Path) -> dict[str, np.ndarray]:
     adapter = HERE / "parity_adapters" / f"{case.system.replace('-', '_')}.py"
     if not adapter.exists():
         raise NotImplementedError(f"{case.name}: no adapter for the system {case.system!r}")
-    outputs = _load(adapter).run(case)
+    outputs = load(adapter).run(case)
     return {
         name: np.ascontiguousarray(v.detach().cpu().numpy() if isinstance(v, torch.Tensor) else np.asarray(v))
         for name, v in outputs.items()

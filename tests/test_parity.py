@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import parity
+
 HERE = Path(__file__).resolve().parent
 CASES = sorted(p.parent for p in (HERE / "data" / "parity").glob("*/case.json"))
 
 
-def _module(name: str, path: Path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-parity = _module("mend_parity", HERE / "parity.py")
-check = _module("mend_parity_check", HERE / "data" / "check.py")
+check = parity.load(HERE / "data" / "check.py")
 
 
 @pytest.mark.parametrize("folder", CASES, ids=lambda folder: folder.name)

@@ -182,7 +182,8 @@ def test_muon_moves_matrices_and_resumes(tmp_path):
     whole = run(tmp_path / "a", steps=4, optimizer="muon")
     before = {name: value.clone() for name, value in whole.module.state_dict().items()}
     whole.run(bar=False)
-    assert all(not torch.equal(before[n], p) for n, p in whole.module.named_parameters() if p.grad is not None)
+    moved = {n: p for n, p in whole.module.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-5}
+    assert len(moved) > 50 and all(not torch.equal(before[name], p) for name, p in moved.items())
     stopped = run(tmp_path / "b", steps=4, optimizer="muon")
     with pytest.raises(Cancelled):
         stopped.run(should_stop=lambda: stopped.progress.step == 2, bar=False)
@@ -212,3 +213,30 @@ def test_the_enlarger_begins_as_an_interpolation_and_learns_from_shrunk_crops():
     assert begun > bicubic
     cases = recipe.validation_set(pictures(2), 48)
     assert cases["x2"][0].shape[-1] == 24 and trainer.validate(module, cases)["x2"] > 20
+
+
+@pytest.mark.parametrize("which", ["mpmf-weather", "acl-deblur"])
+def test_the_other_starters_begin_near_the_picture_and_learn_all_their_layers(which):
+    recipe = STARTERS[which]
+    torch.manual_seed(0)
+    module = models.create(recipe.system, recipe.config).train()
+    with torch.no_grad():
+        recipe.initialise(module)
+    generator = torch.Generator().manual_seed(2)
+    damaged, clean, tasks = recipe.pairs(data.PhotoCrops(pictures()), generator).batch(3, 32)
+    assert {task.name for task in recipe.tasks} >= set(tasks) and not torch.equal(damaged, clean)
+    loss, parts = recipe.objective(module, damaged, clean, generator)
+    assert ("coarse" in parts) == (which == "mpmf-weather")
+    assert float(parts["pixel"]) < float(charbonnier(damaged, clean)) + 0.1
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_hazy_and_dark_crops_show_more_of_a_photograph():
+    ramp = torch.linspace(0, 255, 256).byte().expand(3, 256, 256)
+
+    def spread(smallest):
+        crops, generator = data.PhotoCrops([ramp]), torch.Generator().manual_seed(3)
+        return max(float(crops.sample(32, generator, smallest).std()) for _ in range(40))
+
+    assert spread(0.12) > 1.5 * spread(0.5)

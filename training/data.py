@@ -49,19 +49,19 @@ def _uniform(generator: torch.Generator, low: float = 0.0, high: float = 1.0) ->
 class PhotoCrops:
     """Random augmented crops of photographs.
 
-    Larger photographs are drawn more often (square root of their area). Augmentation: scale 0.5..1, the eight
-    symmetries of the square, exposure, contrast and white balance, exchanged channels.
+    Larger photographs are drawn more often (square root of their area). Augmentation: scale, the eight symmetries of the
+    square, exposure, contrast and white balance, exchanged channels.
     """
 
     def __init__(self, photos: Sequence[torch.Tensor]) -> None:
         self.photos = photos
         self.weights = torch.tensor([math.sqrt(p.shape[1] * p.shape[2]) for p in photos])
 
-    def sample(self, size: int, generator: torch.Generator) -> torch.Tensor:
-        """One crop [3, size, size], float in 0..1."""
+    def sample(self, size: int, generator: torch.Generator, smallest: float = 0.5) -> torch.Tensor:
+        """One crop [3, size, size], float in 0..1. Half of them are of photographs reduced to `smallest`..1 of their size."""
         photo = self.photos[int(torch.multinomial(self.weights, 1, generator=generator))]
         shortest = min(photo.shape[1:])
-        scale = _uniform(generator, 0.5, 1.0) if _uniform(generator) < 0.5 else 1.0
+        scale = smallest ** _uniform(generator) if _uniform(generator) < 0.5 else 1.0
         side = min(shortest, math.ceil(size / scale))
         top, left = (int(_uniform(generator) * (extent - side + 1)) for extent in photo.shape[1:])
         crop = photo[:, top : top + side, left : left + side].float() / 255
@@ -92,17 +92,20 @@ class PhotoCrops:
 class Task:
     """One way to damage a crop, and how often it is drawn. Several chains: one of them is drawn.
 
-    choice: of so many crops the one with most detail is taken; blur and JPEG hardly show on a smooth one.
+    choice: of so many crops the one with most detail is taken; blur and JPEG hardly show on a smooth one. smallest: half
+    of the crops come from photographs reduced to as little as this. Whether a picture is hazy or dark, or shows a pale or
+    dark thing, can only be told when much of the scene is in the crop.
     """
 
     name: str
     weight: float
     chains: tuple[tuple[Degradation, ...], ...]
     choice: int = 1
+    smallest: float = 0.5
 
 
-def _single(name: str, weight: float, kind: str, strength: float = 1.0, choice: int = 1) -> Task:
-    return Task(name, weight, ((Degradation(kind, strength),),), choice)
+def _single(name: str, weight: float, kind: str, strength: float = 1.0, choice: int = 1, smallest: float = 0.5) -> Task:
+    return Task(name, weight, ((Degradation(kind, strength),),), choice, smallest)
 
 
 def _mixture(*kinds: str, strength: float = 0.7) -> tuple[Degradation, ...]:
@@ -110,23 +113,24 @@ def _mixture(*kinds: str, strength: float = 0.7) -> tuple[Degradation, ...]:
 
 
 STARTER_TASKS = (
-    _single("noise", 0.20, "noise"),
+    _single("noise", 0.22, "noise"),
     _single("channel-noise", 0.02, "channel-noise"),
     _single("poisson", 0.02, "poisson"),
-    _single("blur", 0.08, "blur", choice=3),
-    _single("motion-blur", 0.09, "motion-blur", choice=3),
+    _single("blur", 0.09, "blur", choice=3),
+    _single("motion-blur", 0.11, "motion-blur", choice=3),
     _single("defocus", 0.02, "defocus", choice=3),
     _single("downsample", 0.02, "downsample", choice=3),
-    _single("rain", 0.11, "rain"),
+    _single("rain", 0.08, "rain"),
     _single("raindrops", 0.015, "raindrops"),
     _single("snow", 0.09, "snow"),
-    _single("haze", 0.20, "haze"),
-    _single("low-light", 0.16, "low-light"),
-    _single("jpeg", 0.09, "jpeg", choice=3),
-    Task("clean", 0.05, ((),)),
+    _single("haze", 0.26, "haze", smallest=0.12),
+    _single("low-light", 0.16, "low-light", smallest=0.12),
+    _single("jpeg", 0.10, "jpeg", choice=3),
+    Task("clean", 0.07, ((),), smallest=0.25),
+    Task("haze and noise", 0.06, (_mixture("haze", "noise", strength=1.0),), smallest=0.12),
     Task(
         "mixture",
-        0.14,
+        0.12,
         (
             _mixture("haze", "noise"),
             _mixture("haze", "rain"),
@@ -147,7 +151,26 @@ STARTER_TASKS = (
             _mixture("low-light", "jpeg"),
             _mixture("low-light", "blur"),
         ),
+        smallest=0.25,
     ),
+)
+
+WEATHER_TASKS = (
+    _single("haze", 0.35, "haze", smallest=0.12),
+    _single("rain", 0.22, "rain"),
+    _single("raindrops", 0.04, "raindrops"),
+    _single("snow", 0.22, "snow"),
+    Task("clean", 0.05, ((),), smallest=0.25),
+    Task(
+        "mixture", 0.12, (_mixture("haze", "rain"), _mixture("haze", "snow"), _mixture("rain", "haze")), smallest=0.25
+    ),
+)
+
+DEBLUR_TASKS = (
+    _single("blur", 0.4, "blur", choice=4),
+    _single("motion-blur", 0.45, "motion-blur", choice=4),
+    _single("defocus", 0.1, "defocus", choice=4),
+    Task("clean", 0.05, ((),)),
 )
 
 VALIDATION: Mapping[str, tuple[Degradation, ...]] = {
@@ -167,11 +190,11 @@ VALIDATION: Mapping[str, tuple[Degradation, ...]] = {
 }
 
 
-def within_crop(step: Degradation, size: int, generator: torch.Generator) -> Degradation:
-    """The step as a crop of `size` pixels shows it: a part of a hazy scene's depth, the fewer pixels, the smaller."""
+def within_crop(step: Degradation, generator: torch.Generator) -> Degradation:
+    """The step as a crop shows it: of a hazy scene's depth, a part."""
     if step.kind != "haze":
         return step
-    zoom = min(1.0, _uniform(generator, 0.1, 1.0) * size / 128)
+    zoom = _uniform(generator, 0.2, 1.0)
     return Degradation("haze", step.strength, {"zoom": zoom, **step.parameters})
 
 
@@ -207,10 +230,10 @@ class PairStream:
         for pick in picks:
             task = self.tasks[pick]
             chain = task.chains[int(_uniform(g) * len(task.chains))]
-            crop = max((self.crops.sample(size, g) for _ in range(task.choice)), key=_detail)
+            crop = max((self.crops.sample(size, g, task.smallest) for _ in range(task.choice)), key=_detail)
             image = crop[None]
             for step in chain:
-                image, _ = within_crop(step, size, g)(image, g)
+                image, _ = within_crop(step, g)(image, g)
             if chain and _uniform(g) < self.saved:
                 image, _ = Degradation("jpeg", 1, {"quality": int(_uniform(g, 70, 98))})(image.clamp(0, 1), g)
             damaged.append(as_arriving(image, _uniform(g))[0])

@@ -479,7 +479,7 @@ def _damage(
 ) -> torch.Tensor:
     """[1, 3, h, w] damaged, [3, h, w]. As a picture file holds it if `file`; else as crops to train on are."""
     for step in chain:
-        seen = step if file else within_crop(step, image.shape[-1], generator)
+        seen = step if file else within_crop(step, generator)
         image, _ = seen(image, generator)
     return as_arriving(image, 0.0 if file else _draw(generator))[0]
 

@@ -9,14 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data import STARTER_TASKS, PairStream, PhotoCrops, SuperResolutionStream, Task, shrink
+from .data import (
+    DEBLUR_TASKS,
+    STARTER_TASKS,
+    WEATHER_TASKS,
+    PairStream,
+    PhotoCrops,
+    SuperResolutionStream,
+    Task,
+    shrink,
+)
 from .objectives.restoration import Restoration
 from .trainer import Stage, validation_set
 
 
-def _near_identity(module: nn.Module) -> None:
-    """Makes the residual of a MoCE-IR small: short runs have no time to find the identity."""
-    module.output.weight.mul_(0.1)
+def _near_identity(last: str) -> Callable[[nn.Module], None]:
+    """Makes the residual that the layer `last` writes small: short runs have no time to find the identity."""
+    return lambda module: module.get_submodule(last).weight.mul_(0.1)
 
 
 def _interpolate(module: nn.Module) -> None:
@@ -94,7 +103,33 @@ STARTERS: Mapping[str, Starter] = {
         restores=("denoise", "deblur", "derain", "dehaze", "desnow", "low-light", "jpeg"),
         objective=BLIND,
         tasks=STARTER_TASKS,
-        initialise=_near_identity,
+        initialise=_near_identity("output"),
+        stages=(Stage(0.0, 64, 12), Stage(0.25, 96, 6), Stage(0.65, 128, 4), Stage(0.9, 192, 2)),
+    ),
+    "mpmf-weather": Starter(
+        file="mend-mpmf-weather-starter.safetensors",
+        system="mpmf-net",
+        config={
+            "embed_dims": [12, 24, 48, 24, 12],
+            "depths": [1, 1, 2, 2, 2, 1],
+            "mlp_ratios": [2.0, 4.0, 4.0, 2.0, 2.0],
+            "num_heads": [1, 2, 2, 1, 1],
+        },
+        restores=("dehaze", "derain", "desnow"),
+        objective=BLIND,
+        tasks=WEATHER_TASKS,
+        initialise=_near_identity("patch_unembed.proj.0"),
+        stages=(Stage(0.0, 64, 12), Stage(0.4, 96, 6), Stage(0.8, 128, 4)),
+    ),
+    "acl-deblur": Starter(
+        file="mend-acl-deblur-starter.safetensors",
+        system="acl",
+        config={"channels": 24, "blocks": [1, 1, 2], "head_dim": 12},
+        restores=("deblur",),
+        objective=Restoration(pixel=1.0, log=0.1, fft=0.1, floor=3e-4),
+        tasks=DEBLUR_TASKS,
+        initialise=_near_identity("out"),
+        stages=(Stage(0.0, 64, 12), Stage(0.4, 96, 6), Stage(0.8, 128, 4)),
     ),
     "mair-x2": Starter(
         file="mend-mair-x2-starter.safetensors",

@@ -31,14 +31,17 @@ def fft_loss(restored: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Restoration:
-    """Charbonnier + `fft` * spectrum difference + `log` * log error + `balance` * routing loss, for networks that have one (MoCE-IR).
+    """Charbonnier + `fft` * spectrum difference + `log` * log error, and what some networks add.
 
+    Those are `balance` * the routing loss (MoCE-IR), and `coarse` * the absolute error of a coarse image against every
+    fourth pixel of the clean one (MPMF-Net, whose forward pass returns both).
     Called with the module, a batch of pairs [B, 3, H, W] and a CPU generator for what the network draws; returns the
     loss and its parts as numbers for the log.
     """
 
     fft: float = 0.1
     balance: float = 0.01
+    coarse: float = 0.1
     log: float = 0.0
     pixel: float = 1.0
     floor: float = 1e-5
@@ -56,9 +59,14 @@ class Restoration:
             parts["balance"] = module.balance_loss(routing)
         else:
             restored = module(damaged)
+        if isinstance(restored, tuple):
+            restored, coarse = restored
+            parts["coarse"] = charbonnier(coarse, clean[:, :, ::4, ::4])
         parts["pixel"] = charbonnier(restored, clean)
         parts["fft"] = fft_loss(restored, clean)
-        loss = self.pixel * parts["pixel"] + self.fft * parts["fft"] + self.balance * parts.get("balance", 0.0)
+        loss = self.pixel * parts["pixel"] + self.fft * parts["fft"]
+        for name in ("balance", "coarse"):
+            loss = loss + getattr(self, name) * parts.get(name, 0.0)
         if self.log:
             parts["log"] = log_error(restored, clean, self.floor)
             loss = loss + self.log * parts["log"]

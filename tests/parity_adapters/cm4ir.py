@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from parity_adapters import measurement_operators as degradations
 
 from comfyui_mend import models
 from comfyui_mend.guidance import cm4ir, parametrisation, priors, schedules
-
-sys.path.insert(0, str(Path(__file__).parent))
-import measurement_operators as degradations  # noqa: E402
 
 
 def run(case):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 import re
-import sys
-from pathlib import Path
 
+import comfyui_networks
 import torch
 from torch import nn
 
@@ -14,9 +13,6 @@ from comfyui_mend import models
 from comfyui_mend.guidance import gendeg
 from comfyui_mend.guidance import latent_diffusion as ld
 from comfyui_mend.models.gendeg import averaged_name, with_averaged_weights
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import comfyui_networks  # noqa: E402
 
 
 def _loaded(config, state) -> nn.Module:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
+import comfyui_networks
 import torch
 
 from comfyui_mend import models
 from comfyui_mend.guidance import colour_fix
 from comfyui_mend.guidance import latent_diffusion as ld
 from comfyui_mend.models import lora_sd
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import comfyui_networks  # noqa: E402
 
 
 def _embedder(case):

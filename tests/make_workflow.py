@@ -125,10 +125,9 @@ def layout(
         schema = node_class.GET_SCHEMA()
         ours = schema.node_id.startswith("Mend")
         types = node_class.INPUT_TYPES(include_hidden=False)
-        names = [n for group in ("required", "optional") for n in types.get(group, {})]
+        inputs = {n: input_info(types, n) for group in ("required", "optional") for n in types.get(group, {})}
         slots = []
-        for input_name in sorted(names, key=lambda n: is_widget(*input_info(types, n)[1:])):  # noqa: B023
-            group, kind, options = input_info(types, input_name)
+        for input_name, (group, kind, options) in sorted(inputs.items(), key=lambda item: is_widget(*item[1][1:])):
             slot: dict[str, Any] = {"name": input_name, "type": kind, "link": None}
             if group == "optional" and not is_widget(kind, options):
                 slot["shape"] = 7

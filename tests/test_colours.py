@@ -45,4 +45,4 @@ def test_what_does_not_fit_is_named(reference, method, text):
 def test_the_node_returns_comfyui_images():
     (image,) = ColourFix.execute(torch.rand(1, 9, 7, 3), torch.rand(1, 5, 6, 3)).result
     assert image.shape == (1, 9, 7, 3) and image.dtype == torch.float32 and image.is_contiguous()
-    assert ColourFix.validate_inputs("nothing") != True  # noqa: E712 - a text says what is wrong
+    assert "not one of wavelet, statistics" in ColourFix.validate_inputs("nothing")

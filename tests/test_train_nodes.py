@@ -416,7 +416,7 @@ def test_folder_nodes_find_the_shipped_pairs_and_check_early():
         1, 32, dataset_1=data, weight_1=1.0, dataset_2=listed, weight_2=2.0
     ).args
     assert len(mixed.labels) == 6
-    assert train_nodes.TrainRestorer.validate_inputs("best", "fp8") != True  # noqa: E712 - a message
+    assert "not one of fp32, bf16" in train_nodes.TrainRestorer.validate_inputs("best", "fp8")
 
 
 # The command line -----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from comfyui_mend.engine.journal import Journal, Report, fingerprint, written_wh
 from comfyui_mend.engine.photos import read_photo
 from comfyui_mend.engine.restore_folder import FolderSettings, restore_folder
 from comfyui_mend.engine.restore_video import VideoSettings, restore_video
+from comfyui_mend.engine.video import VideoFile, VideoReader, VideoWriter, join, suffix_for
 from comfyui_mend.errors import Cancelled, InputError, MendError, MissingDependency, WorkflowError
 from comfyui_mend.nodes.video import RestoreFolder, RestoreVideo
 
@@ -23,7 +24,6 @@ from .support import local_restorer
 from .video_clips import pan, write_clip
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
-from comfyui_mend.engine.video import VideoFile, VideoReader, VideoWriter, join, suffix_for  # noqa: E402
 
 EXACT = VideoSettings(codec="lossless")
 

@@ -36,13 +36,13 @@ Arm = Callable[[int], Scores]
 """One way to train: from a seed to its scores."""
 
 
-def options(description: str, steps: int) -> argparse.Namespace:
+def options(description: str, steps: int, crop: int = 48) -> argparse.Namespace:
     """The arguments that every experiment takes."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--photos", type=Path, required=True, help="folder with train/ and validation/")
     parser.add_argument("--steps", type=int, default=steps, help=f"training steps of an arm ({steps})")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--crop", type=int, default=48)
+    parser.add_argument("--crop", type=int, default=crop)
     parser.add_argument("--batch", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=DOCS)

@@ -15,7 +15,7 @@ first pass alone and by both.
 
 
 def main() -> None:
-    chosen = options(__doc__, steps=150)
+    chosen = options(__doc__, steps=150, crop=64)  # the potential wants multiples of 32
     samples = held_out(chosen)
 
     def arm(objective, rate):

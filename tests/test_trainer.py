@@ -230,6 +230,8 @@ def test_the_other_starters_begin_near_the_picture_and_learn_all_their_layers(wh
     assert float(parts["pixel"]) < float(charbonnier(damaged, clean)) + 0.1
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+    scores = trainer.validate(module.eval(), recipe.validation_set(pictures(2), 32), multiple=8)
+    assert set(scores) == set(data.VALIDATION)
 
 
 def test_hazy_and_dark_crops_show_more_of_a_photograph():

@@ -72,6 +72,39 @@ def test_every_system_and_python_is_tested_and_none_may_fail():
     assert f'"{" ".join(["success"] * len(last["needs"]))}"' in last["steps"][0]["run"]
 
 
+def test_the_tested_pythons_are_the_promised_ones():
+    promised = [line.rsplit(" ", 1)[1] for line in PROJECT["project"]["classifiers"] if "Python :: 3." in line]
+    assert action("test")["jobs"]["test"]["strategy"]["matrix"]["python"] == promised
+
+
+@pytest.mark.parametrize("path", ACTIONS, ids=lambda path: path.stem)
+def test_no_step_may_fail_or_be_left_out_and_every_job_ends_in_time(path):
+    workflow = read(path)
+    for name, job in workflow["jobs"].items():
+        assert name == "passed" or "if" not in job and ("timeout-minutes" in job or "uses" in job), name
+        assert {*([job["needs"]] if isinstance(job.get("needs"), str) else job.get("needs", []))} <= set(
+            workflow["jobs"]
+        )
+        assert job.get("strategy", {}).get("fail-fast", False) is False, "one system's failure would hide another's"
+        for step in job.get("steps", []):
+            assert not {"if", "continue-on-error"} & set(step), step
+            assert not re.search(r"\|\||;|&(?!&)|\bset \+e\b", re.sub(r"\$\{\{.*?\}\}", "", step.get("run", ""))), step
+
+
+@pytest.mark.parametrize("path", ACTIONS, ids=lambda path: path.stem)
+def test_actions_are_used_at_a_version_and_expressions_name_what_exists(path):
+    workflow = read(path)
+    for job in workflow["jobs"].values():
+        for used in [job.get("uses"), *(step.get("uses") for step in job.get("steps", []))]:
+            if used is not None:
+                local = used.startswith("./") and (ROOT / used).is_file()
+                assert local or re.fullmatch(r"[\w.-]+/[\w.-]+@v\d+", used), used
+        matrix = set(job.get("strategy", {}).get("matrix", {}))
+        assert set(re.findall(r"\$\{\{ *matrix\.(\w+)", str(job))) <= matrix
+    for group in re.findall(r"\$\{\{ *(\w+)[.)]", path.read_text(encoding="utf-8")):
+        assert group in {"github", "matrix", "secrets", "join"}, group
+
+
 @pytest.mark.parametrize("path", ACTIONS, ids=lambda path: path.stem)
 def test_the_steps_name_programs_modules_and_files_that_exist(path):
     for words in commands(read(path)):

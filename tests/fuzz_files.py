@@ -9,8 +9,10 @@ crash-*. tests/test_fuzz_files.py holds the targets to their first inputs withou
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
+import shutil
 import struct
 import sys
 import tempfile
@@ -39,7 +41,9 @@ LARGEST_PICTURE = 64 * 64
 @cache
 def _folder() -> Path:
     memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="mend-fuzz-", dir=memory if memory.is_dir() else None))
+    folder = Path(tempfile.mkdtemp(prefix="mend-fuzz-", dir=memory if memory.is_dir() else None))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @cache

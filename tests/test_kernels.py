@@ -22,7 +22,7 @@ from comfyui_mend.kernels.selective_scan import chunked, compiled, cuda, selecti
 from comfyui_mend.kernels.selective_scan.arguments import Scan
 
 DATA = Path(__file__).resolve().parent / "data"
-compare = parity._load(DATA / "check.py").compare
+compare = parity.load(DATA / "check.py").compare
 
 CPU = torch.device("cpu")
 HAS_NUMBA = not compiled.why_not(CPU, torch.float32)

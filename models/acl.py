@@ -22,6 +22,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from ..kernels.linear_attention import linear_attention, rotary_angles
+from .layers.convolution import DilatedConv2d
 from .layers.padding import crop, pad_to_multiple
 from .layers.state_dict import count_indices
 from .registry import Architecture, State
@@ -29,7 +30,7 @@ from .registry import Architecture, State
 _LEVELS = 3
 
 
-class _ChannelsLastConv2d(nn.Conv2d):
+class _ChannelsLastConv2d(DilatedConv2d):
     """A convolution of [B, H, W, C] maps: the memory layout PyTorch's kernels call channels-last."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from .layers.convolution import DilatedConv2d
 from .layers.residual_groups import WITHOUT_EFFECT, ResidualGroupNetwork, frame_config
 from .layers.state_dict import expansion_factor
 from .layers.state_space import (
@@ -68,7 +69,7 @@ class ConvolutionBlock(nn.Module):
         super().__init__()
 
         def depthwise(dilation: int = 1, channels: int = dim) -> nn.Module:
-            return nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, groups=channels)
+            return DilatedConv2d(channels, channels, 3, padding=dilation, dilation=dilation, groups=channels)
 
         if light == 0:
             steps = [depthwise()]

@@ -25,7 +25,7 @@ from ..kernels.linear_attention import linear_attention, rotary_angles
 from .layers.convolution import DilatedConv2d
 from .layers.padding import crop, pad_to_multiple
 from .layers.state_dict import count_indices
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 _LEVELS = 3
 
@@ -254,10 +254,7 @@ _MILA_SIGNATURE = ("attn.rope.rotations", "cpe1.weight", "mlp.fc1.weight")
 
 
 def _build(config: Mapping[str, Any]) -> ACL:
-    try:
-        return ACL(**config)
-    except TypeError as error:
-        raise ConfigError(f"ACL: {error}") from None
+    return construct(ACL, "ACL", config)
 
 
 def _config_from_state_dict(state: State) -> dict[str, Any]:
@@ -285,10 +282,7 @@ def _config_from_state_dict(state: State) -> dict[str, Any]:
 
 
 def _build_block(config: Mapping[str, Any]) -> MilaBlock:
-    try:
-        return MilaBlock(**{k: v for k, v in config.items() if k != "act"})  # the activations are fixed
-    except TypeError as error:
-        raise ConfigError(f"MILA block: {error}") from None
+    return construct(MilaBlock, "MILA block", config, without=("act",))  # the activations are fixed
 
 
 def _block_config(state: State) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from .layers.attention import GatedFeedForward, TransposedAttention
 from .layers.norm import NormBody
 from .layers.restormer import Downsample, OverlapPatchEmbed, Upsample
 from .layers.state_dict import indices
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 QUALITIES = 64
 """Quality indices run from 0 (lowest rate) to 63."""
@@ -491,10 +491,7 @@ _STAGES = ("encoder_x2", "encoder_x4", "encoder_x8", "encoder_x16")
 
 
 def _build(config: Mapping[str, Any]) -> nn.Module:
-    try:
-        return AllInOneCodec(**config)
-    except TypeError as error:
-        raise ConfigError(f"all-in-one codec: {error}") from None
+    return construct(AllInOneCodec, "all-in-one codec", config)
 
 
 def _config_from_state_dict(state: State) -> dict[str, Any]:

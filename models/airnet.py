@@ -19,7 +19,7 @@ from torch import nn
 from ..errors import CheckpointError, ConfigError
 from .layers.state_dict import count_indices
 from .layers.uncertainty import UncertaintyHead
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 _SLOPE = 0.1  # of every leaky ReLU
 _EMBEDDING = 256  # width of the contrastive embedding
@@ -281,10 +281,7 @@ _IGNORED = {"grads", "fix_E"}
 
 
 def _build(config: Mapping[str, Any]) -> AirNet:
-    try:
-        return AirNet(**{k: v for k, v in config.items() if k not in _IGNORED})
-    except TypeError as error:
-        raise ConfigError(f"AirNet: {error}") from None
+    return construct(AirNet, "AirNet", config, without=_IGNORED)
 
 
 def _config_from_state_dict(state: State) -> dict[str, Any]:

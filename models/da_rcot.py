@@ -22,7 +22,7 @@ from ..errors import CheckpointError, ConfigError, InputError
 from .layers.padding import crop, pad_to_multiple
 from .layers.restormer import Downsample, OverlapPatchEmbed, RestormerBlock, Upsample
 from .layers.state_dict import count_indices, expansion_factor
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 STRENGTH = 0.8
 """Weight of the residual's embeddings in the published second pass."""
@@ -332,11 +332,7 @@ def _is_potential(config: Mapping[str, Any]) -> bool:
 def _build_map(config: Mapping[str, Any]) -> MRCNet:
     if not config.get("decoder", True):
         raise ConfigError("DA-RCOT: decoder=False does not exist in a working form")
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k not in ("kind", "decoder")}
-    try:
-        return MRCNet(**settings)
-    except TypeError as error:
-        raise ConfigError(f"DA-RCOT: {error}") from None
+    return construct(MRCNet, "DA-RCOT", config, without=("kind", "decoder"))
 
 
 def _build_potential(config: Mapping[str, Any]) -> Potential:

@@ -21,7 +21,7 @@ from .degradation import Degradation
 from .layers.norm import ChannelLayerNorm
 from .layers.padding import pad_to_multiple
 from .layers.state_dict import count_indices
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 LABELS: Mapping[int, tuple[str, ...]] = {
     5: ("rain", "noise", "haze", "low light", "motion blur"),
@@ -198,14 +198,12 @@ _PAIR_ONLY = {"mode", "hook_prefix", "focal_gamma", "pixel_loss", "grads", "back
 
 
 def _build(config: Mapping[str, Any]) -> DegradationClassifier:
-    settings = {name: value for name, value in config.items() if name not in ("kind", "labels")}
     kind = config.get("kind", "noimg")
     if kind not in ("noimg", "img"):
         raise ConfigError(f"classifier: kind {kind!r} is unknown; one of noimg, img")
-    try:
-        return DegradationClassifier(**{"image_stem": kind == "img", **settings})
-    except TypeError as error:
-        raise ConfigError(f"classifier: {error}") from None
+    return construct(
+        DegradationClassifier, "classifier", {"image_stem": kind == "img", **config}, without=("kind", "labels")
+    )
 
 
 def _config_from_state_dict(state: State, prefix: str = "") -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from .layers.norm import ChannelLayerNorm
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 KINDS = ("haze", "rain", "snow", "motion blur", "low light", "raindrop")
 """GenDeg's six kinds of degradation."""
@@ -139,10 +139,7 @@ def _config(state: State) -> dict[str, Any]:
 
 
 def _build(config: Mapping[str, Any]) -> DegradationModel:
-    try:
-        return DegradationModel(**config)
-    except TypeError as error:
-        raise ConfigError(f"degradation model: {error}") from None
+    return construct(DegradationModel, "degradation model", config)
 
 
 _SIGNATURE = ("embed.0.weight", "intro.weight", "middle.film.weight", "encoders.0.film.weight", "ending.weight")

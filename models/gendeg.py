@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import CheckpointError, ConfigError, InputError
 from .layers.padding import crop
 from .nafnet import NAFBlock, Stage, nafnet_config
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 MU_RANGE, SIGMA_RANGE, BINS = (0.0, 0.7), (0.0, 0.4), 128
 """Mean and standard deviation of |clean - degraded| that can be asked for, and the bins each range is cut into."""
@@ -194,10 +194,7 @@ def _build_conditioner(config: Mapping[str, Any]) -> IntensityConditioner:
 
 
 def _build_correction(config: Mapping[str, Any]) -> StructureCorrection:
-    try:
-        return StructureCorrection(**config)
-    except TypeError as error:
-        raise ConfigError(f"structure correction: {error}") from None
+    return construct(StructureCorrection, "structure correction", config)
 
 
 def _is_correction(state: State) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError, InputError
 from .layers.state_dict import count_indices
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -288,11 +288,11 @@ def _build(config: Mapping[str, Any]) -> GuidedDiffusionUNet:
     settings = dict(config.get("unet", config))
     consistency = config.get("wrapper") == "karras"
     heads_outermost = not consistency and not settings.get("use_new_attention_order", False)
-    settings = {k: v for k, v in settings.items() if k not in _IGNORED}
-    try:
+
+    def network(**settings: Any) -> GuidedDiffusionUNet:
         return GuidedDiffusionUNet(**settings, convolution=2 if consistency else 1, heads_outermost=heads_outermost)
-    except TypeError as error:
-        raise ConfigError(f"guided-diffusion U-Net: {error}") from None
+
+    return construct(network, "guided-diffusion U-Net", settings, without=_IGNORED)
 
 
 def _config_from_state_dict(state: State) -> dict[str, Any]:

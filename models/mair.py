@@ -8,13 +8,14 @@ the released checkpoints'. The width of the stripes, `scan_len`, is in no checkp
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import nn
 
-from ..errors import ConfigError, InputError
+from ..errors import InputError
 from .layers.feed_forward import FeedForward
 from .layers.residual_groups import WITHOUT_EFFECT, ResidualGroupNetwork, frame_config
 from .layers.state_dict import expansion_factor
@@ -27,7 +28,7 @@ from .layers.state_space import (
     scan_sizes,
 )
 from .layers.state_space_unet import STAGES, StateSpaceUNet, unet_config
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 _UNET_STATES = dict(zip(STAGES, (4, 8, 16, 32, 16, 8, 8, 8), strict=True))
 """State size of every stage of the U-Net, fixed in the published code."""
@@ -279,17 +280,6 @@ def _unet_config(state: State) -> dict[str, Any]:
     return config if states == _UNET_STATES else {**config, "d_states": states}
 
 
-def _build(network: type[nn.Module]) -> Any:
-    def build(config: Mapping[str, Any]) -> nn.Module:
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k not in WITHOUT_EFFECT}
-        try:
-            return network(**settings)
-        except TypeError as error:
-            raise ConfigError(f"MaIR: {error}") from None
-
-    return build
-
-
 _COMMON = {
     "system": "mair",
     "paper": "Li et al., MaIR: A Locality- and Continuity-Preserving Mamba for Image Restoration, CVPR 2025, "
@@ -306,7 +296,7 @@ ARCHITECTURES = [
         title="MaIR",
         detect=lambda state: all(key in state for key in _FLAT_SIGNATURE),
         config_from_state_dict=_flat_config,
-        build=_build(MaIR),
+        build=partial(construct, MaIR, "MaIR", without=WITHOUT_EFFECT),
         matches_config=lambda config: "depths" in config or "embed_dim" in config,
         tasks=("super-resolution", "denoise"),
         variants=FLAT_VARIANTS,
@@ -320,7 +310,7 @@ ARCHITECTURES = [
         title="MaIR U-Net",
         detect=lambda state: all(key in state for key in _UNET_SIGNATURE),
         config_from_state_dict=_unet_config,
-        build=_build(MaIRUNet),
+        build=partial(construct, MaIRUNet, "MaIR", without=WITHOUT_EFFECT),
         tasks=("deblur", "denoise", "dehaze"),
         variants=UNET_VARIANTS,
         signature=_UNET_SIGNATURE,

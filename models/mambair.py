@@ -7,6 +7,7 @@ released code: three light convolution blocks (2 is current), two U-Nets. State-
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .layers.state_space import (
     scan_sizes,
 )
 from .layers.state_space_unet import STAGES, StateSpaceUNet, unet_config
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 _SQUEEZE = 30
 _CURRENT_LIGHT = 2
@@ -225,14 +226,10 @@ def _unet_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build(network: type[nn.Module], settings_of: Any) -> Any:
-    def build(config: Mapping[str, Any]) -> nn.Module:
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k not in WITHOUT_EFFECT}
-        try:
-            return network(**settings_of(settings))
-        except TypeError as error:
-            raise ConfigError(f"MambaIR: {error}") from None
+    def of_settings(**settings: Any) -> nn.Module:
+        return network(**settings_of(settings))
 
-    return build
+    return partial(construct, of_settings, "MambaIR", without=WITHOUT_EFFECT)
 
 
 def _light_generation(state: State, block: str) -> int:

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, ConfigError, InputError
 from .layers.residual_groups import WITHOUT_EFFECT, ResidualGroupNetwork, frame_config
 from .layers.state_dict import expansion_factor
 from .layers.state_space import StateSpace, convolve, dt_rank, initialise_linear
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 _MASKED = -100.0
 """What the published code adds to attention across the wrapped border (not minus infinity)."""
@@ -410,16 +410,13 @@ _ARCH_LIGHT = {"MambaIRv2": False, "MambaIRv2Light": True}
 
 
 def _build(config: Mapping[str, Any]) -> MambaIRv2:
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k not in WITHOUT_EFFECT}
+    settings = dict(config)
     arch = settings.pop("arch", None)  # the official class, as parity cases name it
     if arch is not None:
         if arch not in _ARCH_LIGHT:
             raise ConfigError(f"MambaIRv2: arch is {arch!r}, must be one of {', '.join(_ARCH_LIGHT)}")
         settings.setdefault("light", _ARCH_LIGHT[arch])
-    try:
-        return MambaIRv2(**settings)
-    except TypeError as error:
-        raise ConfigError(f"MambaIRv2: {error}") from None
+    return construct(MambaIRv2, "MambaIRv2", settings, without=WITHOUT_EFFECT)
 
 
 def _config_from_state_dict(state: State) -> dict[str, Any]:

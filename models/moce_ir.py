@@ -22,7 +22,7 @@ from .layers.attention import GatedFeedForward, TransposedAttention, transposed_
 from .layers.layout import fastest_layout
 from .layers.norm import NormBody
 from .layers.state_dict import count_indices
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 
 @dataclass(frozen=True)
@@ -522,11 +522,7 @@ _IGNORED = {"levels", "mode", "depth_type", "stage_depth"}  # implied by the oth
 
 
 def _build(config: Mapping[str, Any]) -> MoCEIR:
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k not in _IGNORED}
-    try:
-        return MoCEIR(**settings)
-    except TypeError as error:
-        raise ConfigError(f"MoCE-IR: {error}") from None
+    return construct(MoCEIR, "MoCE-IR", config, without=_IGNORED)
 
 
 def _config_from_state_dict(state: State) -> dict[str, Any]:

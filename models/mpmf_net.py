@@ -22,7 +22,7 @@ from ..errors import CheckpointError, ConfigError, InputError
 from .layers.padding import crop
 from .layers.state_dict import count_indices
 from .mpmf_fusion import MultiDimensionFusion, RescaleNorm
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 
 @lru_cache(maxsize=8)
@@ -365,11 +365,7 @@ _STAGES = ("layer1", "layer2", "layer3", "layer4", "layer5")
 
 
 def _build(config: Mapping[str, Any]) -> MPMFNet:
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    try:
-        return MPMFNet(**settings)
-    except TypeError as error:
-        raise ConfigError(f"MPMF-Net: {error}") from None
+    return construct(MPMFNet, "MPMF-Net", config)
 
 
 def _config_from_state_dict(state: State) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from .layers.layout import fastest_layout
 from .layers.norm import ChannelLayerNorm
 from .layers.pooling import local_mean
 from .layers.state_dict import count_indices
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 Window = tuple[int, int] | None
 
@@ -53,9 +53,12 @@ class NAFBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, window: Window = None) -> torch.Tensor:
         """window: (height, width) of the local mean in the channel attention; None: mean over the whole map."""
-        mixed = simple_gate(self.conv2(self.conv1(self.norm1(x))))
-        x = x + self.conv3(mixed * self._attention(mixed, window)) * self.beta
+        x = x + self._mix(x, window) * self.beta
         return x + self.conv5(simple_gate(self.conv4(self.norm2(x)))) * self.gamma
+
+    def _mix(self, x: torch.Tensor, window: Window) -> torch.Tensor:
+        x = simple_gate(self.conv2(self.conv1(self.norm1(x))))
+        return self.conv3(x * self._attention(x, window))
 
     def _attention(self, x: torch.Tensor, window: Window) -> torch.Tensor:
         if window is None:
@@ -182,10 +185,7 @@ _SIGNATURE = ("intro.weight", "decoder0.0.beta", "middle_blks.0.sca.1.weight")
 
 def _build(config: Mapping[str, Any]) -> NAFNet:
     # window_size is the padding of the published runner: always 2^levels.
-    try:
-        return NAFNet(**{name: value for name, value in config.items() if name != "window_size"})
-    except TypeError as error:
-        raise ConfigError(f"NAFNet: {error}") from None
+    return construct(NAFNet, "NAFNet", config, without=("window_size",))
 
 
 def _dcpt_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from .layers.state_dict import count_indices
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 _FREQUENCIES = 8
 
@@ -125,10 +125,7 @@ def _config_from_state_dict(state: State) -> dict[str, Any]:
 
 
 def _build(config: Mapping[str, Any]) -> NoiseUNet:
-    try:
-        return NoiseUNet(**config)
-    except TypeError as error:
-        raise ConfigError(f"noise U-Net: {error}") from None
+    return construct(NoiseUNet, "noise U-Net", config)
 
 
 def _factor(config: Mapping[str, Any]) -> int:

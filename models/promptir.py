@@ -20,7 +20,7 @@ from ..errors import CheckpointError, ConfigError
 from .layers.layout import fastest_layout
 from .layers.restormer import Downsample, OverlapPatchEmbed, RestormerBlock, Upsample
 from .layers.state_dict import count_indices, expansion_factor
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 _DIM = 48  # the published class writes its prompt and noise widths out for this one
 _PROMPTS = 5
@@ -188,10 +188,7 @@ _SIGNATURE = ("prompt1.prompt_param", "noise_level1.attn.temperature", "reduce_n
 def _build(config: Mapping[str, Any]) -> PromptIR:
     if config.get("bias", False) or not config.get("decoder", True):
         raise ConfigError("PromptIR: its convolutions have no bias and its prompts are always on")
-    try:
-        return PromptIR(**{name: value for name, value in config.items() if name not in ("bias", "decoder")})
-    except TypeError as error:
-        raise ConfigError(f"PromptIR: {error}") from None
+    return construct(PromptIR, "PromptIR", config, without=("bias", "decoder"))
 
 
 def _without_dead_layers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,10 +7,10 @@ Nothing else in the program knows which keys belong to which network.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from ..errors import ConfigError
 
 State = Mapping[str, torch.Tensor]
 Config = Mapping[str, Any]
+Network = TypeVar("Network", bound=nn.Module)
 
 # Order matters only where one network's keys are a subset of another's: the more specific one comes first.
 _MODULES = (
@@ -123,6 +124,18 @@ class Architecture:
     """Peak activation memory per input pixel in float32, without the weights; measured, see bench/."""
     half: bool = True
     """False if the network gives wrong numbers in float16/bfloat16 even with its own float32 islands."""
+
+
+def construct(network: Callable[..., Network], title: str, config: Config, without: Collection[str] = ()) -> Network:
+    """network(**config), lists as tuples, without settings that change nothing in it.
+
+    Raises ConfigError in the name of `title` for settings that it does not know.
+    """
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k not in without}
+    try:
+        return network(**settings)
+    except TypeError as error:
+        raise ConfigError(f"{title}: {error}") from None
 
 
 @lru_cache(maxsize=1)

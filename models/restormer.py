@@ -19,7 +19,7 @@ from ..errors import CheckpointError, ConfigError
 from .layers.layout import fastest_layout
 from .layers.restormer import Downsample, OverlapPatchEmbed, RestormerBlock, Upsample
 from .layers.state_dict import count_indices, expansion_factor
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 
 class Stage(nn.Module):
@@ -157,11 +157,8 @@ def _build(config: Mapping[str, Any], edition: str) -> Restormer:
         raise ConfigError("Restormer: only restoration of one picture at its own size is built here")
     if config.get("bias", False) and edition == "original":
         raise ConfigError("Restormer: no released file has convolutions with bias")
-    settings = {name: value for name, value in config.items() if name not in ("bias", "dual_pixel_task", "scale")}
-    try:
-        return Restormer(**{"edition": edition, **settings})
-    except TypeError as error:
-        raise ConfigError(f"Restormer: {error}") from None
+    without = ("bias", "dual_pixel_task", "scale")
+    return construct(Restormer, "Restormer", {"edition": edition, **config}, without)
 
 
 def _config_from_state_dict(state: State, body: str, edition: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import nn
 from ..errors import CheckpointError, ConfigError
 from .layers.state_dict import count_indices, expansion_factor
 from .layers.window import window_partition, window_reverse
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 _ENCODER_STAGES = _DECODER_STAGES = 3
 _MEAN = (0.4488, 0.4371, 0.4040)
@@ -198,10 +198,7 @@ _WITHOUT_EFFECT = {"upscale", "img_range", "img_size", "patch_size", "upsampler"
 def _build(config: Mapping[str, Any]) -> SwinIR:
     if config.get("upscale", 1) != 1:
         raise ConfigError("SwinIR: DCPT's edition restores at the same size, upscale must be 1")
-    try:
-        return SwinIR(**{name: value for name, value in config.items() if name not in _WITHOUT_EFFECT})
-    except TypeError as error:
-        raise ConfigError(f"SwinIR: {error}") from None
+    return construct(SwinIR, "SwinIR", config, without=_WITHOUT_EFFECT)
 
 
 def _guess_heads(embed_dim: int) -> int:

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, ConfigError, InputError
 from .layers.state_dict import count_indices
 from .layers.uncertainty import UncertaintyHead
 from .layers.window import relative_position_index, shifted_window_mask, window_partition, window_reverse
-from .registry import Architecture, Config, State
+from .registry import Architecture, Config, State, construct
 
 _LEVELS = 4
 _HEAD_CHANNELS = 64  # of TUR's uncertainty head, whatever the network's width
@@ -281,10 +281,7 @@ _IGNORED = {"drop_rate", "attn_drop_rate", "drop_path_rate", "patch_norm", "use_
 
 
 def _build(config: Mapping[str, Any]) -> Uformer:
-    try:
-        return Uformer(**{k: v for k, v in config.items() if k not in _IGNORED})
-    except TypeError as error:
-        raise ConfigError(f"Uformer: {error}") from None
+    return construct(Uformer, "Uformer", config, without=_IGNORED)
 
 
 def _config_from_state_dict(state: State) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from .degradation_encoder import SOURCE, DegradationEncoder
 from .layers.attention import TransposedAttention, transposed_attention
 from .layers.restormer import Downsample, OverlapPatchEmbed, RestormerBlock, Upsample
 from .layers.state_dict import count_indices, expansion_factor
-from .registry import Architecture, State
+from .registry import Architecture, State, construct
 
 
 class PromptAttention(nn.Module):
@@ -227,11 +227,7 @@ _PIPELINE_SIGNATURE = (f"net.{_SIGNATURE[0]}", f"{_IMAGE}adapter.0.weight", f"{_
 
 
 def _build_net(config: Mapping[str, Any]) -> VLUNet:
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "kind"}
-    try:
-        return VLUNet(**settings)
-    except TypeError as error:
-        raise ConfigError(f"VLU-Net: {error}") from None
+    return construct(VLUNet, "VLU-Net", config, without=("kind",))
 
 
 def _build_pipeline(config: Mapping[str, Any]) -> VLUNetPipeline:

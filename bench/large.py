@@ -1,4 +1,8 @@
-"""`mend bench large`: peak memory and time of a whole process that restores one large picture, on the CPU."""
+"""`mend bench large`: peak memory and time of a whole process that restores one large picture, on the CPU.
+
+A network that would take an hour can be stopped after --seconds: its peak is reached with the first tile, as the picture
+and the whole result are there from the start.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,19 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from .. import models
 from ..engine import host, loaded, tiling
+from ..errors import Cancelled
 from . import machine
+from .restorer import networks
 
 HEAD = (
-    "| network | parameters | picture | tile | whole process, peak GB | of which before the network runs | seconds |\n"
-    "|---|---|---|---|---|---|---|"
+    "| network | parameters | picture | tile | tiles done | whole process, peak GB | of which before the network runs | seconds |\n"
+    "|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -26,28 +33,66 @@ def main(arguments: Sequence[str]) -> int:
         return _one(args)
     print(f"{machine.command('large', *arguments)}\n\n{HEAD}", flush=True)
     command = [sys.executable, "-m", __package__.partition(".")[0], "bench", "large", *arguments, "--one"]
-    failed = [name for name in args.model if subprocess.run([*command, name]).returncode]
+    names = list(args.model) if args.released is None else list(_released(args.released))
+    failed = [name for name in names if subprocess.run([*command, name]).returncode]
     return 1 if failed else 0
+
+
+def _released(only: Sequence[str]) -> Iterator[str]:
+    """The first released setting of every network, or of those named, as "ID/SETTING"."""
+    for architecture in models.registry.architectures():
+        if architecture.kind == "restorer" and (not only or architecture.id in only):
+            yield f"{architecture.id}/{next(iter(architecture.variants))}"
+
+
+def _network(name: str) -> loaded.LoadedRestorer:
+    """A file by its name, or a released setting with random weights."""
+    network, slash, setting = name.partition("/")
+    if not slash:
+        return loaded.load(host.model_path(name))
+    ((_, restorer),) = networks(None, [network], [setting])
+    return loaded.wrap(restorer)
+
+
+class Clock:
+    """Counts tiles, and stops the run after the first one that ends later than `seconds`; 0: never."""
+
+    def __init__(self, seconds: float) -> None:
+        self.start, self.seconds, self.done, self.total = time.perf_counter(), seconds, 0, 0
+        host.set_hooks(self._progress, self._interrupt)
+
+    def _progress(self, done: int, total: int, _: object) -> None:
+        self.done, self.total = done, total
+
+    def _interrupt(self) -> bool:
+        return bool(self.seconds and self.done and self.spent() > self.seconds)
+
+    def spent(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self.start
 
 
 def _one(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     host.set_device("cpu")
     width, height = args.size
-    network = loaded.load(host.model_path(args.one))
+    network = _network(args.one)
     picture = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
-    before, start = peak_bytes(), time.perf_counter()
+    before, clock, restored = peak_bytes(), Clock(args.seconds), None
     with torch.inference_mode():
         side = args.tile or tiling.choose_tile(network, height, width, torch.float32, torch.device("cpu"))
-        restored = tiling.restore(network, picture, tile=args.tile)
-    seconds, peak = time.perf_counter() - start, peak_bytes()
-    whole = restored.shape[-2:] == (height * network.restorer.scale, width * network.restorer.scale)
-    if not whole or not bool(restored.isfinite().all()):
-        print(f"| {args.one} | gave {tuple(restored.shape)} or values that are not finite | | | | | |")
+        try:
+            restored = tiling.restore(network, picture, tile=args.tile)
+        except Cancelled:
+            pass
+    seconds, peak = clock.spent(), peak_bytes()
+    whole = (height * network.restorer.scale, width * network.restorer.scale)
+    if restored is not None and (restored.shape[-2:] != whole or not bool(restored.isfinite().all())):
+        print(f"| {args.one} | gave {tuple(restored.shape)} or values that are not finite | | | | | | |")
         return 1
     print(
         f"| {args.one.removesuffix('.safetensors')} | {network.restorer.parameters:,} | {width}x{height} | {side} | "
-        f"{peak / 1e9:.2f} | {before / 1e9:.2f} | {seconds:.0f} |",
+        f"{clock.done} of {clock.total} | {peak / 1e9:.2f} | {before / 1e9:.2f} | {seconds:.0f} |",
         flush=True,
     )
     return 0 if peak < args.limit * 1e9 else 1
@@ -64,6 +109,8 @@ def peak_bytes() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mend bench large", description=__doc__)
     parser.add_argument("--model", nargs="*", default=["mend-moce-ir-starter.safetensors"], help="model files")
+    parser.add_argument("--released", nargs="*", metavar="ID", help="released settings with random weights instead")
+    parser.add_argument("--seconds", type=float, default=0, help="stop after the tile that ends later; 0: never")
     parser.add_argument("--size", nargs=2, type=int, default=[4096, 3072], metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--tile", type=int, default=0, help="side of a tile; 0 chooses by itself")
     parser.add_argument("--limit", type=float, default=3.0, help="gigabytes that the process may take")

@@ -142,13 +142,16 @@ def measure(
     size: int,
     classical: bool = True,
     known: Mapping[str, Score] | None = None,
+    only: Sequence[str] = (),
 ) -> dict[str, dict[str, Score]]:
     """PSNR and SSIM per case of the damaged pictures, of the classical method and of the restorer.
 
-    known: classical scores of the same pictures, measured before: they do not change with the weights.
+    known: classical scores of the same pictures, measured before: they do not change with the weights. only: the names
+    of the cases to measure; empty: all.
     """
     scores: dict[str, dict[str, Score]] = {}
-    for name, (damaged, clean) in tqdm(validation_set(photos, size, VALIDATION).items(), leave=False):
+    cases = {name: chain for name, chain in VALIDATION.items() if not only or name in only}
+    for name, (damaged, clean) in tqdm(validation_set(photos, size, cases).items(), leave=False):
         images = damaged.split(1)
         scores[name] = {
             "damaged": _score(images, clean),
@@ -188,6 +191,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--limit", type=int, help="only the first pictures")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-classical", action="store_true", help="leave the slow classical methods out")
+    parser.add_argument("--only", nargs="*", default=[], choices=list(VALIDATION), help="only these kinds of damage")
     parser.add_argument("--known", type=Path, help="take the classical scores from this .json of an earlier run")
     parser.add_argument("--out", type=Path, help="also write the table here (.md), and the scores beside it (.json)")
     args = parser.parse_args(arguments)
@@ -200,7 +204,7 @@ def main(arguments: Sequence[str]) -> int:
         if args.known
         else None
     )
-    scores = measure(restorer, photos, args.size, not args.no_classical, known)
+    scores = measure(restorer, photos, args.size, not args.no_classical, known, args.only)
     lines = [
         "# Starter weights against classical methods",
         "",

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .. import models
-from ..engine import host, loaded, tiling
+from ..engine import host, loaded, model_folder, tiling
 from ..errors import Cancelled
 from . import machine
 from .restorer import networks
@@ -49,7 +49,7 @@ def _network(name: str) -> loaded.LoadedRestorer:
     """A file by its name, or a released setting with random weights."""
     network, slash, setting = name.partition("/")
     if not slash:
-        return loaded.load(host.model_path(name))
+        return loaded.load(model_folder.model_path(name))
     ((_, restorer),) = networks(None, [network], [setting])
     return loaded.wrap(restorer)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import models
-from ..engine import host, loaded
+from ..engine import host, loaded, model_folder
 from ..engine.meter import PeakMemory
 from . import machine
 
@@ -74,7 +74,7 @@ def networks(
 ) -> Iterator[tuple[str, models.Restorer]]:
     """Name and network of model files, or without any of every released setting with random weights."""
     for file in files or []:
-        yield file, loaded.load(host.model_path(file)).restorer
+        yield file, loaded.load(model_folder.model_path(file)).restorer
     for architecture in models.registry.architectures():
         if architecture.kind not in kinds or files or (only and architecture.id not in only):
             continue

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from ..engine import folders, host, loaded, shots, stabiliser, tiling
+from ..engine import folders, host, loaded, model_folder, shots, stabiliser, tiling
 from ..engine.photos import STARTER, read_photo
 from ..engine.report import psnr
 from .machine import describe
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    network, step = loaded.load(host.model_path(args.model)), tuple(args.step)
+    network, step = loaded.load(model_folder.model_path(args.model)), tuple(args.step)
     print(f"{describe(host.device())}\n")
     print("| photo | frames | PSNR dB | flicker of 255 | warping error x 1e-5 | processor s a frame |")
     print("|---|---|---|---|---|---|")

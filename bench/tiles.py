@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..engine import host, loaded, tiling
+from ..engine import host, loaded, model_folder, tiling
 from ..engine.photos import read_photo
 from . import machine
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     print("| network | picture | tile | reach | mean difference | largest | of the restoration's own mean change |")
     print("|---|---|---|---|---|---|---|")
     for name in args.model:
-        network = loaded.load(host.model_path(name))
+        network = loaded.load(model_folder.model_path(name))
         image = read_photo(args.picture)[:, :3, : args.size, : args.size] if args.picture else _scene(args.size)
         for tile in args.tile:
             mean, largest, share = difference(network, image, tile)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from ..engine import host, loaded, operator_builders, zero_shot
+from ..engine import loaded, model_folder, operator_builders, zero_shot
 from ..engine.report import psnr, ssim
 from ..guidance import cm4ir, operators, schedules
 from ..guidance.measurement import Measurement, measure, task
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="also write the table here (.md), and the scores beside it (.json)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    prior = zero_shot.network_prior(loaded.load(host.model_path(args.model)), precision=args.precision)
+    prior = zero_shot.network_prior(loaded.load(model_folder.model_path(args.model)), precision=args.precision)
     photos = load_photos(args.photos, args.limit)
     scores = compare(photos, args.size, methods(prior, args.iterations))
     usable = sum(min(p.shape[1:]) >= args.size for p in photos)

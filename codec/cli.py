@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..engine import host
+from ..engine import host, model_folder
 from ..engine.photos import read_photo, write_photo
 from ..errors import MendError
 from . import compress
@@ -78,7 +78,7 @@ def _codec(args: argparse.Namespace) -> compress.LoadedRestorer:
     host.set_device(args.device)
     if args.model is None:
         raise MendError("name the codec's file with --model")
-    return compress.load(host.model_path(args.model))
+    return compress.load(model_folder.model_path(args.model))
 
 
 def _region(text: str) -> tuple[int, ...]:

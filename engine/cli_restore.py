@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import MendError
-from . import host, loaded, tiling
+from . import host, loaded, model_folder, tiling
 from .photos import STARTER, read_photo, write_photo
 
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> int:
     """Returns 0 if every photo was restored, 1 if one failed; a bad photo never stops the others."""
     args = _parser().parse_args(arguments)
     host.set_device(args.device)
-    restorer = loaded.load(host.model_path(args.model))
+    restorer = loaded.load(model_folder.model_path(args.model))
     failed = 0
     for photo in args.photos:
         target = (args.output or photo.parent) / f"{photo.stem}-restored{args.format or _suffix(photo)}"

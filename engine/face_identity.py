@@ -16,7 +16,7 @@ import torch
 from ..errors import CheckpointError, InputError, MissingDependency
 from ..models import catalogue, file_kinds
 from . import faces as faces_module
-from . import host, journal, pictures
+from . import host, journal, model_folder, pictures
 from .face_geometry import TEMPLATE, compose, similarity, upright
 from .faces import Face, Faces
 
@@ -57,13 +57,13 @@ class Recogniser:
 
 def files() -> list[str]:
     """Names of the networks to choose from; the published one's where there is none, so that a message can say so."""
-    return host.model_files({".onnx"}) or [FILE]
+    return model_folder.model_files({".onnx"}) or [FILE]
 
 
 def path(name: str) -> Path:
     """The file behind a name of `files`. Raises InputError that says where to get it."""
     try:
-        return host.model_path(name)
+        return model_folder.model_path(name)
     except InputError as error:
         raise InputError(f"{error}. {catalogue.where_to_get(name)}".strip()) from None
 

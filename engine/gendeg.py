@@ -21,7 +21,7 @@ from ..errors import CheckpointError, InputError
 from ..guidance import gendeg, latent_diffusion
 from ..models import checkpoint, file_kinds
 from ..models.gendeg import IntensityConditioner, StructureCorrection, with_averaged_weights
-from . import host, loaded, tiling
+from . import host, loaded, model_folder, tiling
 from .comfy_sampling import need_comfyui
 from .loaded import LoadedRestorer
 
@@ -42,7 +42,7 @@ def checkpoint_files() -> list[str]:
         import folder_paths
 
         names += folder_paths.get_filename_list(CHECKPOINTS)
-    return list(dict.fromkeys([*names, *host.model_files()]))
+    return list(dict.fromkeys([*names, *model_folder.model_files()]))
 
 
 def checkpoint_path(name: str) -> Path:
@@ -53,7 +53,7 @@ def checkpoint_path(name: str) -> Path:
         found = folder_paths.get_full_path(CHECKPOINTS, name)
         if found:
             return Path(found)
-    return host.model_path(name)
+    return model_folder.model_path(name)
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from ..errors import InputError, OutOfMemoryError
 from ..training import datasets, finetune
 from ..training.objectives.base import Objective
 from ..training.objectives.recipes import default_objective
-from . import folders, host, loaded
+from . import folders, host, loaded, model_folder
 from .pictures import BACKGROUND, curves, from_pil, labelled, to_pil
 from .report import psnr
 
@@ -235,7 +235,7 @@ def save(given: loaded.LoadedRestorer, prefix: str, precision: str = "fp16") -> 
     """
     if precision not in ("fp16", "fp32"):
         raise InputError(f"precision: {precision!r} is unknown; fp16 or fp32")
-    base = host.saved_models()
+    base = model_folder.saved_models()
     base.mkdir(parents=True, exist_ok=True)
     target, name, number, _ = folders.save_location(prefix, base)
     path = target / f"{name}_{number:05}_.safetensors"

@@ -10,7 +10,7 @@ import torch
 from ..codec import compress, rates
 from ..codec.container import Bitstream
 from ..codec.files import SUFFIX, read, write
-from ..engine import folders, host, journal
+from ..engine import folders, host, journal, model_folder
 from ..engine.pictures import from_pil
 from ..errors import InputError
 from . import sockets
@@ -69,7 +69,7 @@ class LoadCodec(ModelFile, io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
-        return io.NodeOutput(compress.load(host.model_path(model_name)))
+        return io.NodeOutput(compress.load(model_folder.model_path(model_name)))
 
 
 class EncodeBitstream(io.ComfyNode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..engine import host, loaded, zero_shot
+from ..engine import loaded, model_folder, zero_shot
 from ..guidance import cm4ir, schedules
 from . import sockets
 from .api import advanced, io
@@ -66,7 +66,7 @@ class LoadPrior(ModelFile, io.ComfyNode):
     @classmethod
     def execute(cls, model_name, kind="automatic", class_index=-1, precision="auto") -> io.NodeOutput:
         label = None if class_index < 0 else class_index
-        network = loaded.load(host.model_path(model_name))
+        network = loaded.load(model_folder.model_path(model_name))
         return io.NodeOutput(zero_shot.network_prior(network, kind, label, precision))
 
 

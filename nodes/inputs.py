@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..engine import host, journal
+from ..engine import journal, model_folder
 from .api import advanced, io
 
 PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
@@ -39,7 +39,7 @@ def seed_input(tooltip: str, most: int = 0xFFFFFFFFFFFFFFFF) -> io.Input:
 
 def model_input(tooltip: str, first: str = "") -> io.Input:
     """The choice of a model file, `first` chosen if it is there; the node that has it is a `ModelFile`."""
-    files = host.model_files()
+    files = model_folder.model_files()
     default = {"default": first} if first in files else {}
     return io.Combo.Input("model_name", options=files, tooltip=tooltip, **default)
 
@@ -49,11 +49,11 @@ class ModelFile:
 
     @classmethod
     def validate_inputs(cls, model_name: str | None) -> bool | str:
-        return accepted(host.model_path, model_name)
+        return accepted(model_folder.model_path, model_name)
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **others: Any) -> str:
-        return journal.identity(host.model_path(model_name))
+        return journal.identity(model_folder.model_path(model_name))
 
 
 def precision_input(default: str = "auto", tooltip: str = "") -> io.Input:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..engine import host, journal, osdface
+from ..engine import journal, model_folder, osdface
 from ..guidance.latent_diffusion import OSDFACE_TIMESTEP
 from . import sockets
 from .api import advanced, io
@@ -43,7 +43,7 @@ def _latent_mode() -> list[io.Input]:
 class LoadFaceEmbedder(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = host.model_files()
+        files = model_folder.model_files()
         return io.Schema(
             node_id="MendLoadFaceEmbedder",
             display_name="Load Face Embedder",
@@ -73,17 +73,17 @@ class LoadFaceEmbedder(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, tokenizer: str | None, projection: str | None) -> bool | str:
         own_file = None if projection == IN_TOKENIZER else projection
-        return first_problem(accepted(host.model_path, tokenizer), accepted(host.model_path, own_file))
+        return first_problem(accepted(model_folder.model_path, tokenizer), accepted(model_folder.model_path, own_file))
 
     @classmethod
     def fingerprint_inputs(cls, tokenizer: str, projection: str) -> str:
         files = (name for name in (tokenizer, projection) if name not in (None, IN_TOKENIZER))
-        return ":".join(journal.identity(host.model_path(name)) for name in files)
+        return ":".join(journal.identity(model_folder.model_path(name)) for name in files)
 
     @classmethod
     def execute(cls, tokenizer: str, projection: str = IN_TOKENIZER) -> io.NodeOutput:
-        second = None if projection == IN_TOKENIZER else host.model_path(projection)
-        return io.NodeOutput(osdface.load_embedder(host.model_path(tokenizer), second))
+        second = None if projection == IN_TOKENIZER else model_folder.model_path(projection)
+        return io.NodeOutput(osdface.load_embedder(model_folder.model_path(tokenizer), second))
 
 
 class FaceVisualPrompt(io.ComfyNode):
@@ -130,7 +130,7 @@ class FaceLora(io.ComfyNode):
                 io.Model.Input("model", tooltip="Stable Diffusion 2.1 base, from Load Checkpoint."),
                 io.Combo.Input(
                     "lora_name",
-                    options=host.lora_files(),
+                    options=model_folder.lora_files(),
                     tooltip="pytorch_lora_weights.safetensors, from models/loras or models/restoration.",
                 ),
                 io.Float.Input(
@@ -164,15 +164,15 @@ class FaceLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name: str | None) -> bool | str:
-        return accepted(host.lora_path, lora_name)
+        return accepted(model_folder.lora_path, lora_name)
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **others) -> str:
-        return "" if lora_name is None else journal.identity(host.lora_path(lora_name))
+        return "" if lora_name is None else journal.identity(model_folder.lora_path(lora_name))
 
     @classmethod
     def execute(cls, model, lora_name, strength=1.0, strict=True) -> io.NodeOutput:
-        return io.NodeOutput(*osdface.apply_lora(model, host.lora_path(lora_name), strength, strict))
+        return io.NodeOutput(*osdface.apply_lora(model, model_folder.lora_path(lora_name), strength, strict))
 
 
 class OneStepSigmas(io.ComfyNode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..engine import host, loaded, residuals
+from ..engine import loaded, model_folder, residuals
 from . import sockets
 from .api import io
 from .images import as_image, channels_first, connected_mask
@@ -176,7 +176,7 @@ class LoadPotential(ModelFile, io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
-        return io.NodeOutput(loaded.load(host.model_path(model_name), system="da-rcot-potential"))
+        return io.NodeOutput(loaded.load(model_folder.model_path(model_name), system="da-rcot-potential"))
 
 
 class PotentialScore(io.ComfyNode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..engine import host, loaded, mix, tiling
+from ..engine import loaded, mix, model_folder, tiling
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first, connected_mask
@@ -33,7 +33,7 @@ class LoadRestorer(ModelFile, io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
-        return io.NodeOutput(loaded.load(host.model_path(model_name)))
+        return io.NodeOutput(loaded.load(model_folder.model_path(model_name)))
 
 
 class Restore(Precision, io.ComfyNode):

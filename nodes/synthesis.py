@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..engine import degraders, folders, host, loaded
+from ..engine import degraders, folders, host, loaded, model_folder
 from ..engine.pictures import to_pil
 from ..guidance import gendeg as intensities
 from ..training import make_dataset
@@ -29,8 +29,8 @@ class LoadDegradationModel(ModelFile, io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=host.model_files(),
-                    default=degraders.STARTER if degraders.STARTER in host.model_files() else None,
+                    options=model_folder.model_files(),
+                    default=degraders.STARTER if degraders.STARTER in model_folder.model_files() else None,
                     tooltip=f"{degraders.STARTER} comes with Mend.",
                 )
             ],
@@ -41,7 +41,7 @@ class LoadDegradationModel(ModelFile, io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
-        return io.NodeOutput(degraders.SmallDegrader(loaded.load(host.model_path(model_name))))
+        return io.NodeOutput(degraders.SmallDegrader(loaded.load(model_folder.model_path(model_name))))
 
 
 def _degrader() -> io.Input:
@@ -53,7 +53,7 @@ def _degrader() -> io.Input:
 
 
 def _starter() -> degraders.SmallDegrader:
-    return degraders.SmallDegrader(loaded.load(host.model_path(degraders.STARTER)))
+    return degraders.SmallDegrader(loaded.load(model_folder.model_path(degraders.STARTER)))
 
 
 class SynthesiseDegradation(io.ComfyNode):

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfyui_mend.engine import core_nodes, host, loaded, tiling
+from comfyui_mend.engine import core_nodes, loaded, model_folder, tiling
 from comfyui_mend.engine.validation import validate_prompt
 from comfyui_mend.engine.workflow_format import read, to_api
 from comfyui_mend.errors import InputError, WorkflowError
@@ -143,7 +143,7 @@ SHIPPED = ["wiring-nafnet", "wiring-acl"]
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_run_gives_the_same_bits_again_and_at_every_place_of_a_batch(name):
-    restorer = loaded.load(host.model_path(f"{name}.safetensors"))
+    restorer = loaded.load(model_folder.model_path(f"{name}.safetensors"))
     image = torch.rand(1, 3, 24, 40).expand(3, -1, -1, -1)
     first = tiling.restore(restorer, image)
     torch.rand(7)  # the global generator's state has no part in it

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from comfyui_mend.engine import host
+from comfyui_mend.engine import host, model_folder
 from comfyui_mend.errors import Cancelled, InputError
 
 
@@ -78,10 +78,10 @@ def test_model_files_are_found_by_name_and_names_cannot_leave_the_folder(tmp_pat
     (tmp_path / "secret.pth").write_bytes(b"x")
     monkeypatch.setenv("MEND_MODELS", os.fspath(tmp_path / "models"))
     monkeypatch.chdir(tmp_path / "models")
-    assert "sub/net.pth" in host.model_files() and not any("readme" in n for n in host.model_files())
-    assert host.model_path("sub/net.pth").read_bytes() == b"x"
+    assert "sub/net.pth" in model_folder.model_files() and not any("readme" in n for n in model_folder.model_files())
+    assert model_folder.model_path("sub/net.pth").read_bytes() == b"x"
     with pytest.raises(InputError, match="there is no file 'nothing.pth'; put it into"):
-        host.model_path("nothing.pth")
+        model_folder.model_path("nothing.pth")
 
 
 def test_free_memory_is_a_sane_number() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from comfyui_mend import models
 from comfyui_mend.bench import memory as bench_memory
-from comfyui_mend.engine import host, loaded, memory, tiling
+from comfyui_mend.engine import host, loaded, memory, model_folder, tiling
 from comfyui_mend.errors import Cancelled
 
 from .support import local_restorer
@@ -152,7 +152,7 @@ def test_settings_read_from_a_file_find_the_row_of_a_released_variant():
 
 
 def test_the_table_has_the_shipped_starter_and_every_figure_is_near_its_formula():
-    starter = loaded.load(host.model_path("mend-moce-ir-starter.safetensors"))
+    starter = loaded.load(model_folder.model_path("mend-moce-ir-starter.safetensors"))
     assert memory.measured(starter.restorer) is not None
     for (name, _), row in memory.table().items():
         formula = models.registry.get(name).bytes_per_pixel(row["config"])
@@ -165,7 +165,7 @@ def test_measuring_writes_a_row_that_planning_reads(tmp_path: Path, monkeypatch,
     try:
         bench_memory.main(["--model", "wiring-nafnet.safetensors", "--size", "16", "32", "--write"])
         memory.table.cache_clear()
-        restorer = loaded.load(host.model_path("wiring-nafnet.safetensors")).restorer
+        restorer = loaded.load(model_folder.model_path("wiring-nafnet.safetensors")).restorer
         assert memory.measured(restorer)["single"] == memory.bytes_per_pixel(restorer, torch.float32) > 0
         assert "wiring-nafnet" in capsys.readouterr().out
     finally:

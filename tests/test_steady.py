@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from comfyui_mend.engine import host, loaded, routes, shots, stabiliser, tiling
+from comfyui_mend.engine import loaded, model_folder, routes, shots, stabiliser, tiling
 from comfyui_mend.engine.flow import optical_flow, visible, warp
 from comfyui_mend.engine.report import psnr
 from comfyui_mend.errors import InputError
@@ -105,7 +105,7 @@ def test_what_leaves_the_picture_is_not_visible():
 
 def test_the_starters_flicker_on_a_noisy_pan_is_halved_and_the_picture_is_no_worse():
     clean = panda(7)
-    starter = loaded.load(host.model_path("mend-moce-ir-starter.safetensors"))
+    starter = loaded.load(model_folder.model_path("mend-moce-ir-starter.safetensors"))
     with torch.inference_mode():
         restored = torch.cat([tiling.restore(starter, frame) for frame in noisy(clean, 25).split(1)])
         steady = stabiliser.stabilise(restored)

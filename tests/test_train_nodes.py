@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from comfyui_mend import models
-from comfyui_mend.engine import folders, host, loaded
+from comfyui_mend.engine import folders, host, loaded, model_folder
 from comfyui_mend.engine.comfyui import find_comfyui
 from comfyui_mend.errors import Cancelled, CheckpointError, ConfigError, InputError
 from comfyui_mend.nodes import datasets as dataset_nodes
@@ -377,8 +377,8 @@ def test_a_saved_restorer_is_listed_and_loads_with_its_history(moce, outputs):
     with torch.inference_mode():
         trained, *_ = run_node(moce)
         (name,) = train_nodes.SaveRestorer.execute(trained, "mine/tuned", "fp32").args
-    assert name == "mine/tuned_00001_.safetensors" and name in host.model_files()
-    again = loaded.load(host.model_path(name)).restorer
+    assert name == "mine/tuned_00001_.safetensors" and name in model_folder.model_files()
+    again = loaded.load(model_folder.model_path(name)).restorer
     assert all(torch.equal(v, again.module.state_dict()[k]) for k, v in trained.restorer.module.state_dict().items())
     history = json.loads(again.metadata["training"])
     assert history["steps"] == 3 and set(history["psnr"]) == {"noise", "rain"}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from comfyui_mend.engine import folders, host
+from comfyui_mend.engine import folders, model_folder
 from comfyui_mend.engine.comfyui import find_comfyui
 from comfyui_mend.engine.node_api import GraphBuilder, io
 from comfyui_mend.engine.runner import Runner
@@ -43,7 +43,7 @@ def api_file(name: str) -> dict[str, Any]:
 
 def skip_unless_runnable(name: str) -> None:
     """Skips a workflow that needs files nobody ships: those its loader nodes link to."""
-    present = {Path(model).name for model in host.model_files()}
+    present = {Path(model).name for model in model_folder.model_files()}
     for node in ui_file(name)["nodes"]:
         for model in node["properties"].get("models", []):
             if model["name"] not in present:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comfyui_mend import models
-from comfyui_mend.engine import host, loaded, zero_shot
+from comfyui_mend.engine import host, loaded, model_folder, zero_shot
 from comfyui_mend.engine import operator_builders as build
 from comfyui_mend.errors import Cancelled, InputError
 from comfyui_mend.guidance import measurement, operators
@@ -44,7 +44,7 @@ def _prior(kind: str) -> zero_shot.NetworkPrior:
 
 
 def _restorer() -> loaded.LoadedRestorer:
-    return loaded.load(host.model_path("wiring-nafnet.safetensors"))
+    return loaded.load(model_folder.model_path("wiring-nafnet.safetensors"))
 
 
 @pytest.fixture(scope="module")

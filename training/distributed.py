@@ -1,8 +1,6 @@
-"""Training in several processes: PyTorch's DistributedDataParallel, started by torchrun.
+"""Training in several processes: PyTorch's DistributedDataParallel, started by torchrun (see `torchrun`).
 
-    torchrun --nproc_per_node 2 -m comfyui_mend.training.distributed --model FILE --dataset clean:photos --steps 1000 --out RUN
-
-takes the arguments of `mend train finetune`. Each process makes its share of every batch; gradients are averaged, so
+Each process makes its share of every batch; gradients are averaged, so
 that all have the same weights and the result is that of one process with the whole batch (up to rounding, and to losses
 that compare the pictures of a batch with each other, as TUR's and MoCE-IR's balance loss do).
 """
@@ -10,9 +8,8 @@ that compare the pictures of a batch with each other, as TUR's and MoCE-IR's bal
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,17 +82,3 @@ def processes(backend: str = "") -> Iterator[torch.device]:
         yield device
     finally:
         dist.destroy_process_group()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`mend train finetune` in this process as one of several; returns the exit status."""
-    from . import cli_finetune
-
-    options: Any = cli_finetune.parse(arguments)
-    with processes(options.backend) as device:
-        options.device = device
-        return cli_finetune.run(options)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """Do samples of the degradation model make a restorer better at damage that it was not trained on?
 
-    mend bench samples --photos DIR [--steps 600] [--seeds 3] [--out FILE.md]
+    mend bench samples --photos DIR [--steps 2000] [--seeds 3] [--out FILE.md]
 
 The question of GenDeg's paper, small: two equal NAFNets learn from the same photographs for the same number of steps. One
 sees only simulated damage, weak and of a single kind at a time; of the other one's pairs, half come from the degradation model,
@@ -24,12 +24,14 @@ from ..training.data import Task, load_photos
 from ..training.datasets import Mixture, Stream, clean_folder, manifest
 from ..training.degradation_model import SIMULATED
 from ..training.degradations import Degradation
-from ..training.objectives.restoration import Restoration
+from ..training.starters import BLIND
 from ..training.trainer import Settings, Stage, Trainer, validate, validation_set
 from . import machine, report
 
 CONFIG = {"width": 12, "enc_blk_nums": (1, 1, 2), "middle_blk_num": 2, "dec_blk_nums": (1, 1, 1)}
 WEAK, STRONG = 0.4, 1.3
+SMALLEST = 0.12
+"""Half of the simulated crops come from photographs reduced to as little as this: the samples show whole scenes, too."""
 ARMS = ("simulated", "with samples")
 
 Cases = Mapping[str, tuple[Degradation, ...]]
@@ -54,8 +56,18 @@ def train(stream: Stream, steps: int, seed: int, folder: Path) -> torch.nn.Modul
     with torch.no_grad():
         module.ending.weight.mul_(0.1)  # begin near the identity: short runs have no time to find it
     stages = (Stage(0.0, 64, 8),)
-    settings = Settings(steps=steps, seed=seed, stages=stages, warmup_steps=50, ema_decay=0.99, validate_every=0)
-    trainer = Trainer(module, stream, settings, folder, Restoration(log=0.25, pixel=0.0))
+    settings = Settings(
+        steps=steps,
+        seed=seed,
+        stages=stages,
+        learning_rate=2e-3,
+        optimizer="muon",
+        autocast=True,
+        warmup_steps=50,
+        ema_decay=0.99,
+        validate_every=0,
+    )
+    trainer = Trainer(module, stream, settings, folder, BLIND)
     trainer.run(bar=False)
     return trainer.average
 
@@ -68,7 +80,7 @@ def measure(
     settings = make_dataset.Settings(painter.name, seed=0, largest=160)
     pictures = make_dataset.from_folder(photos / "train", work)
     make_dataset.make_dataset(pictures, work / "samples", painter, KINDS, settings, pairs)
-    tasks = [Task(kind, 1.0, ((Degradation(SIMULATED[kind], WEAK),),)) for kind in KINDS]
+    tasks = [Task(kind, 1.0, ((Degradation(SIMULATED[kind], WEAK),),), smallest=SMALLEST) for kind in KINDS]
     simulated = clean_folder(photos / "train", tasks)
     arms = {ARMS[0]: simulated, ARMS[1]: Mixture(((simulated, 0.5), (manifest(work / "samples"), 0.5)))}
     held_out = load_photos(photos / "validation")
@@ -104,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints and writes the table."""
     parser = argparse.ArgumentParser(prog="mend bench samples", description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=Path, required=True, help="folder with train/ and validation/")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=1, help="samples of each kind for each photograph")
     parser.add_argument("--threads", type=int, default=1)

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 from ..kernels import backends, use_backend
 from ..kernels.linear_attention import linear_attention
 from ..kernels.selective_scan import _unfused, selective_scan, state_space_2d
+from ..kernels.selective_scan.arguments import Step2d
 from . import machine
 
 # name: (paths K, channels of a path, N, rank of the dt projection), specs of MaIR and MambaIRv2
@@ -113,7 +114,8 @@ def step_work(name: str, length: int, dtype: torch.dtype, device: torch.device) 
         projected = F.linear(x, projection.flatten(0, 1).to(dtype)).unflatten(-1, (paths, -1))
         A = -torch.exp(A_logs).unflatten(0, (paths, width))
         each = order.expand(1, -1, -1)
-        return _unfused(x, projected, each, dt_weight, dt_bias, A, D.unflatten(0, (paths, width)), None, True)
+        D_ = D.unflatten(0, (paths, width))
+        return _unfused(Step2d(x, projected, each, dt_weight, dt_bias, A, D_, None, True))
 
     maps = paths * width * length
     fused_bytes = size * (width * length + 2 * paths * row * length) + 4 * (paths * length + width * length)

@@ -19,7 +19,7 @@ from comfyui_mend.errors import ConfigError, InputError, MissingDependency
 from comfyui_mend.kernels import check, jit, use_backend
 from comfyui_mend.kernels import linear_attention as attention
 from comfyui_mend.kernels.selective_scan import chunked, compiled, cuda, selective_scan, state_space_2d
-from comfyui_mend.kernels.selective_scan.arguments import Scan
+from comfyui_mend.kernels.selective_scan.arguments import Scan, Step2d
 
 DATA = Path(__file__).resolve().parent / "data"
 compare = parity.load(DATA / "check.py").compare
@@ -476,7 +476,8 @@ def test_the_fused_cuda_step_emulated_gives_the_reference(emulated, merge):
         A, D = -s["A_logs"].exp().unflatten(0, (paths, width)), s["D"].unflatten(0, (paths, width))
         arguments = (s["x"], projected, order, s["dt_weight"], s["dt_bias"], A, D, s["prompt"])
         double = tuple(t.double() if t is not None and t.is_floating_point() else t for t in arguments)
-        assert_near(cuda.state_space_2d(*arguments, merge), chunked.state_space_2d(*double, merge))
+        got = cuda.state_space_2d(Step2d(*arguments, merge))
+        assert_near(got, chunked.state_space_2d(Step2d(*double, merge)))
 
 
 def _nvrtc() -> str:

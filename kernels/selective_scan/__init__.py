@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ...errors import InputError
 from .. import backend
 from . import chunked, reference
-from .arguments import Scan
+from .arguments import Scan, Step2d
 
 __all__ = ["selective_scan", "state_space_2d"]
 
@@ -110,10 +110,8 @@ def state_space_2d(
         projected = F.linear(x, x_proj_weight.flatten(0, 1).to(x.dtype)).unflatten(-1, (directions, -1))
         A = -torch.exp(A_logs.to(dtype)).unflatten(0, (directions, width))
         D = D.to(dtype).unflatten(0, (directions, width))
-        arguments = (x, projected, order, dt_weight.to(dtype), dt_bias.to(dtype), A, D, prompt, merge)
-        if differentiate or _reference_wanted():
-            return _unfused(*arguments)
-        return _state_space_2d(*arguments)
+        step = Step2d(x, projected, order, dt_weight.to(dtype), dt_bias.to(dtype), A, D, prompt, merge)
+        return _unfused(step) if differentiate or _reference_wanted() else _state_space_2d(*step)
 
 
 def _reference_wanted() -> bool:
@@ -121,20 +119,10 @@ def _reference_wanted() -> bool:
     return not torch.compiler.is_compiling() and backend.requested() == "reference"
 
 
-def _unfused(
-    x: torch.Tensor,
-    projected: torch.Tensor,
-    order: torch.Tensor,
-    dt_weight: torch.Tensor,
-    dt_bias: torch.Tensor,
-    A: torch.Tensor,
-    D: torch.Tensor,
-    prompt: torch.Tensor | None,
-    merge: bool,
-) -> torch.Tensor:
+def _unfused(step: Step2d) -> torch.Tensor:
     """`state_space_2d` out of `selective_scan` and index operations; differentiable."""
-    batch, _, width = x.shape
-    directions, rank, n = dt_weight.shape[0], dt_weight.shape[2], A.shape[2]
+    x, projected, order, dt_weight, dt_bias, A, D, prompt, merge = step
+    batch, _, width, directions, rank, n = step.sizes
     image = torch.arange(batch, device=x.device)[:, None, None]
     direction = torch.arange(directions, device=x.device)[None, :, None]
     order = order.long()
@@ -299,7 +287,7 @@ def _state_space_2d(
     merge: bool,
 ) -> torch.Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        return _dispatch("state_space_2d", x, x, projected, order, dt_weight, dt_bias, A, D, prompt, merge)
+        return _dispatch("state_space_2d", x, Step2d(x, projected, order, dt_weight, dt_bias, A, D, prompt, merge))
 
 
 @_state_space_2d.register_fake

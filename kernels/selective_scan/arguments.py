@@ -1,4 +1,4 @@
-"""What the backends of the selective scan are called with, checked once by `selective_scan`."""
+"""What the backends are called with, checked once by `selective_scan` and `state_space_2d`."""
 
 from __future__ import annotations
 
@@ -40,3 +40,26 @@ class Scan(NamedTuple):
             value.new_empty(0) if tensor is None else value.to(tensor.dtype).contiguous()
             for tensor, value in zip(self[:7], values, strict=True)
         )
+
+
+class Step2d(NamedTuple):
+    """The 2-D step after its projection, as arguments that fit each other.
+
+    x [B, L, d]; projected [B, L, K, R + 2N]; order [B, K, L]; dt_weight [K, d, R]; dt_bias, D [K, d]; A [K, d, N];
+    prompt [B, L, N].
+    """
+
+    x: torch.Tensor
+    projected: torch.Tensor
+    order: torch.Tensor
+    dt_weight: torch.Tensor
+    dt_bias: torch.Tensor
+    A: torch.Tensor
+    D: torch.Tensor
+    prompt: torch.Tensor | None
+    merge: bool
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """Images B, steps L, channels d, paths K, rank R of the dt projection, states N."""
+        return *self.x.shape, self.dt_weight.shape[0], self.dt_weight.shape[2], self.A.shape[2]

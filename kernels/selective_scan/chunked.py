@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from .arguments import Scan
+from .arguments import Scan, Step2d
 
 STATE_INTERVAL = 128
 """Training keeps the state before every so many steps and recomputes the rest."""
@@ -173,23 +173,10 @@ def backward(grad_y: torch.Tensor, states: torch.Tensor, scan: Scan) -> tuple[to
     return scan.gradients(grad_u, grad_delta, *parameters)
 
 
-def state_space_2d(
-    x: torch.Tensor,
-    projected: torch.Tensor,
-    order: torch.Tensor,
-    dt_weight: torch.Tensor,
-    dt_bias: torch.Tensor,
-    A: torch.Tensor,
-    D: torch.Tensor,
-    prompt: torch.Tensor | None,
-    merge: bool,
-) -> torch.Tensor:
-    """The fused step of `kernels.selective_scan.state_space_2d` after the projection: gathers and scatters by chunk.
-
-    x [B, L, d]; projected [B, L, K, R + 2N]; order [B, K, L]; dt_weight [K, d, R]; dt_bias, D [K, d]; A [K, d, N].
-    """
-    batch, length, width = x.shape
-    directions, rank, n = dt_weight.shape[0], dt_weight.shape[2], A.shape[2]
+def state_space_2d(step: Step2d) -> torch.Tensor:
+    """The fused step of `kernels.selective_scan.state_space_2d` after the projection: gathers and scatters by chunk."""
+    x, projected, order, dt_weight, dt_bias, A, D, prompt, merge = step
+    batch, length, width, directions, rank, n = step.sizes
     dtype = working_dtype(x.dtype)
     y = torch.zeros(batch, 1 if merge else directions, length, width, dtype=dtype, device=x.device)
     h = torch.zeros(batch, directions, width, n, dtype=dtype, device=x.device)

@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from .arguments import Scan
+from .arguments import Scan, Step2d
 from .chunked import STATE_INTERVAL
 
 log = logging.getLogger(__name__)
@@ -172,21 +172,11 @@ def backward(grad_y: torch.Tensor, states: torch.Tensor, scan: Scan) -> tuple[to
     return scan.gradients(grad_u, grad_delta, *parameters)
 
 
-def state_space_2d(
-    x: torch.Tensor,
-    projected: torch.Tensor,
-    order: torch.Tensor,
-    dt_weight: torch.Tensor,
-    dt_bias: torch.Tensor,
-    A: torch.Tensor,
-    D: torch.Tensor,
-    prompt: torch.Tensor | None,
-    merge: bool,
-) -> torch.Tensor:
+def state_space_2d(step: Step2d) -> torch.Tensor:
     """As `chunked.state_space_2d`."""
     loops = _loops()
-    batch, length, width = x.shape
-    paths, rank, n = dt_weight.shape[0], dt_weight.shape[2], A.shape[2]
+    x, projected, order, dt_weight, dt_bias, A, D, prompt, merge = step
+    batch, length, width, paths, rank, n = step.sizes
     blocks = -(-width // loops.LANES)
     y = torch.empty(batch, length, width) if merge else torch.empty(batch, paths, length, width)
     A_, D_, bias = _parameters(A.flatten(0, 1), D.flatten(), dt_bias.flatten(), paths, loops.LANES)

@@ -11,7 +11,7 @@ import torch
 from .. import jit
 from ..jit import KernelError
 from . import chunked
-from .arguments import Scan
+from .arguments import Scan, Step2d
 from .chunked import STATE_INTERVAL
 
 __all__ = ["KernelError", "backward", "forward", "state_space_2d", "why_not"]
@@ -129,20 +129,10 @@ def _backward(grad_y: torch.Tensor, states: torch.Tensor, scan: Scan) -> tuple[t
     return scan.gradients(grad_u, grad_delta, *parameters, grad_bias.sum(dim=(0, 1)))
 
 
-def state_space_2d(
-    x: torch.Tensor,
-    projected: torch.Tensor,
-    order: torch.Tensor,
-    dt_weight: torch.Tensor,
-    dt_bias: torch.Tensor,
-    A: torch.Tensor,
-    D: torch.Tensor,
-    prompt: torch.Tensor | None,
-    merge: bool,
-) -> torch.Tensor:
+def state_space_2d(step: Step2d) -> torch.Tensor:
     """As `chunked.state_space_2d`."""
-    batch, length, width = x.shape
-    paths, rank, n = dt_weight.shape[0], dt_weight.shape[2], A.shape[2]
+    x, projected, order, dt_weight, dt_bias, A, D, prompt, merge = step
+    batch, length, width, paths, rank, n = step.sizes
     flags = options(n, rank, width, x.dtype)
     threads = _threads(flags)
     x, projected = (_ready(t, x.dtype) for t in (x, projected))
@@ -159,14 +149,14 @@ def state_space_2d(
     y_path = 0 if merge else length * width
     with torch.cuda.device(x.device):
         module = jit.load(SOURCE, x.device, flags)
-        step = module.kernel("state_space")
+        launch = module.kernel("state_space")
         if chunks > 1:
             sizes = (paths, width, length, chunk, 0, 0, 0, 0)
-            step((chunks, tiles, batch * paths), threads, *inputs, None, states, sums, *sizes)
+            launch((chunks, tiles, batch * paths), threads, *inputs, None, states, sums, *sizes)
             carry = module.kernel("carry")
             carry((-(-paths * width * n // 256), batch, 1), 256, states, sums, parameters[2], paths * width, chunks)
         start = states if chunks > 1 else None
         for path in range(paths):
             sizes = (paths, width, length, chunk, path, int(merge and path > 0), slots * length * width, y_path)
-            step((chunks, tiles, batch), threads, *inputs, y, start, None, *sizes)
+            launch((chunks, tiles, batch), threads, *inputs, y, start, None, *sizes)
     return y[:, 0] if merge else y

@@ -1,5 +1,5 @@
-// What the CUDA sources share: types, conversions, exp2, softplus. SCALAR is the type of the feature maps: 0 float, 1 half,
-// 2 bfloat16; everything is computed in float.
+// What the CUDA sources share: types, conversions, exp2, softplus, the way over chunks. SCALAR is the type of the feature
+// maps: 0 float, 1 half, 2 bfloat16; everything is computed in float.
 
 #ifndef EMULATED  // tests run this file on a CPU and then supply these few functions themselves
 typedef long long int64;
@@ -49,3 +49,21 @@ DEVICE scalar narrow(float x) {  // round to nearest even; NaN stays NaN
 #define LN2 0.6931471805599453f
 
 DEVICE float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+
+// Turns what lone chunks end with into what chunks begin with: from the first chunk on or, `backwards`, from the last. One
+// thread a state of an image: grid (ceil(channels N / blockDim), batch). ends [batch, chunks, channels, N], sums [batch,
+// chunks, channels] of dt, A [channels, N].
+DEVICE void carry_over(
+    float* __restrict__ ends, const float* __restrict__ sums, const float* __restrict__ A, int64 channels, int64 chunks,
+    bool backwards) {
+    const int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x, size = channels * N_STATES;
+    if (i >= size) return;
+    const float decay = A[i] * LOG2E;
+    float carried = 0.0f;
+    for (int64 c = 0; c < chunks; ++c) {
+        const int64 at = blockIdx.y * chunks + (backwards ? chunks - 1 - c : c);
+        const float own = ends[at * size + i];
+        ends[at * size + i] = carried;
+        carried = fmaf(exp2_approximate(decay * sums[at * channels + i / N_STATES]), carried, own);
+    }
+}

@@ -101,21 +101,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(
     }
 }
 
-// Turns the states at the ends of lone chunks into the states at their starts. One thread a state of an image:
-// grid (ceil(channels N / blockDim), batch). states [batch, chunks, channels, N], sums [batch, chunks, channels].
+// Turns the states at the ends of lone chunks into the states at their starts.
 extern "C" __global__ void carry(
     float* __restrict__ states, const float* __restrict__ sums, const float* __restrict__ A, int64 channels,
     int64 chunks) {
-    const int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x, size = channels * N_STATES;
-    if (i >= size) return;
-    const float decay = A[i] * LOG2E;
-    float state = 0.0f;
-    for (int64 c = 0; c < chunks; ++c) {
-        const int64 at = blockIdx.y * chunks + c;
-        const float own = states[at * size + i];
-        states[at * size + i] = state;
-        state = fmaf(exp2_approximate(decay * sums[at * channels + i / N_STATES]), state, own);
-    }
+    carry_over(states, sums, A, channels, chunks, false);
 }
 
 // The 2-D step. x [batch, L, width]; projected [batch, L, paths, RANK + 2 N]; order [batch, paths, L]; dt_weight

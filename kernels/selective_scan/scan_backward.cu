@@ -100,21 +100,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) adjoint(
     for (int n = 0; n < N_STATES; ++n) handed[p.slot * N_STATES + n] = g[n];
 }
 
-// Turns what lone chunks hand on into what chunks are handed. One thread a state of an image, grid
-// (ceil(channels N / blockDim), batch); handed [batch, chunks, channels, N], sums [batch, chunks, channels].
+// Turns what lone chunks hand on into what chunks are handed.
 extern "C" __global__ void carry_back(
     float* __restrict__ handed, const float* __restrict__ sums, const float* __restrict__ A, int64 channels,
     int64 chunks) {
-    const int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x, size = channels * N_STATES;
-    if (i >= size) return;
-    const float decay = A[i] * LOG2E;
-    float g = 0.0f;
-    for (int64 c = chunks - 1; c >= 0; --c) {
-        const int64 at = blockIdx.y * chunks + c;
-        const float own = handed[at * size + i];
-        handed[at * size + i] = g;
-        g = fmaf(exp2_approximate(decay * sums[at * channels + i / N_STATES]), g, own);
-    }
+    carry_over(handed, sums, A, channels, chunks, true);
 }
 
 // gy, u, delta [batch, dim, L]; A [dim, N]; B, C [batch, groups, N, L]; D, bias [dim] or null; states [batch, chunks, dim,

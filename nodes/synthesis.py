@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..engine import degraders, folders, host, loaded, model_folder
-from ..engine.pictures import to_pil
+from ..engine import datasets, degraders, folders, loaded, model_folder
 from ..guidance import gendeg as intensities
 from ..training import make_dataset
 from . import sockets
@@ -192,37 +191,13 @@ class MakeDataset(io.ComfyNode):
         image=None,
     ) -> io.NodeOutput:
         out = folders.output_directory() / "datasets" / name
-        bar: list[host.Progress] = []
-        place = [0, 1]
-
-        def tell(done: int, total: int, damaged) -> None:
-            place[:] = done, total
-            if source == SIMULATION:
-                bar[:] = bar or [host.progress(total)]
-                shown = None if damaged is None else (lambda: to_pil(damaged[0]))
-                bar[0].update(done - bar[0].done, shown)
-
-        def paint(clean, kind, mu, sigma, number):
-            with host.part_of_progress(*place):
-                return used.paint(clean, kind, mu, sigma, number, "", 0)
-
-        if source == SIMULATION:
-            painter = make_dataset.simulation()
-        else:
-            used = degrader or _starter()
-            painter = make_dataset.Painter(used.name, used.kinds, paint)
+        painter = None if source == SIMULATION else degrader or _starter()
         if image is None:
             pictures = make_dataset.from_folder(folders.require_input_directory(photos), out)
         else:
             pictures = make_dataset.from_images(channels_first(image)[:, :3])
-        report = make_dataset.make_dataset(
-            pictures,
-            out,
-            painter,
-            make_dataset.kinds_from_text(degradations, painter.kinds),
-            make_dataset.Settings(painter.name, seed, largest_side),
-            per_photo,
-            tell,
+        report = datasets.make(
+            pictures, out, painter, degradations, seed=seed, largest=largest_side, per_photo=per_photo
         )
         count = len(make_dataset.read_manifest(out))
         return io.NodeOutput(str(out / make_dataset.MANIFEST), count, report.text(), ui=ui.PreviewText(report.text()))

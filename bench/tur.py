@@ -10,12 +10,9 @@ deformable convolution (mmcv) and is not run; of ACL there is none to run.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import nn
@@ -23,22 +20,7 @@ from torch import nn
 from .. import models
 from . import machine
 from .compare import HEADER, compare
-
-
-def published_transweather(path: Path) -> nn.Module:
-    """The published network; what it takes from timm and mmcv without using it for evaluation is replaced."""
-    layers, cnn = types.ModuleType("timm.models.layers"), types.ModuleType("mmcv.cnn")
-    layers.DropPath = lambda rate: nn.Identity()
-    layers.to_2tuple = lambda value: (value, value)
-    layers.trunc_normal_ = nn.init.trunc_normal_
-    cnn.ConvModule = None
-    packages = {name: types.ModuleType(name) for name in ("timm", "timm.models", "mmcv")}
-    packages |= {"timm.models.layers": layers, "mmcv.cnn": cnn}
-    spec = importlib.util.spec_from_file_location("published_transweather", path)
-    module = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(sys.modules, packages), mock.patch.object(sys, "path", [str(path.parent), *sys.path]):
-        spec.loader.exec_module(module)
-    return module.Transweather()
+from .reference import published
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -82,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _other(name: str, transweather: Path | None, config: dict) -> tuple[nn.Module | None, str]:
     if name == "transweather" and transweather is not None:
-        return published_transweather(transweather), "published"
+        return published(transweather.parent, transweather.stem).Transweather(), "published"
     if name == "uformer":
         try:
             from spandrel.architectures.Uformer import Uformer

@@ -20,8 +20,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError, InputError
 from .layers.padding import crop, pad_to_multiple
-from .layers.restormer import Downsample, OverlapPatchEmbed, RestormerBlock, Upsample
-from .layers.state_dict import count_indices, expansion_factor
+from .layers.restormer import Downsample, OverlapPatchEmbed, RestormerBlock, Upsample, norm_type, restormer_config
 from .registry import Architecture, State, construct
 
 STRENGTH = 0.8
@@ -340,20 +339,11 @@ def _build_potential(config: Mapping[str, Any]) -> Potential:
 
 
 def _map_config(state: State) -> dict[str, Any]:
-    levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
-    dim, inp_channels = state["patch_embed.proj.weight"].shape[:2]
-    widths = [(dim * 2**i, state[f"{name}.0.ffn.project_out.weight"].shape[1]) for i, name in enumerate(levels)]
     return {
         "kind": "transport_map",
-        "dim": dim,
-        "num_blocks": tuple(count_indices(state, f"{name}.") for name in levels),
-        "num_refinement_blocks": count_indices(state, "refinement."),
-        "heads": tuple(state[f"{name}.0.attn.temperature"].shape[0] for name in levels),
-        "ffn_expansion_factor": expansion_factor(widths),
-        "layer_norm": "WithBias" if "latent.0.norm1.body.bias" in state else "BiasFree",
+        **restormer_config(state),
+        "layer_norm": norm_type(state),
         "bias": "output.bias" in state,
-        "inp_channels": inp_channels,
-        "out_channels": state["output.weight"].shape[0],
     }
 
 

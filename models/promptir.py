@@ -18,8 +18,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from .layers.layout import fastest_layout
-from .layers.restormer import Downsample, OverlapPatchEmbed, RestormerBlock, Upsample
-from .layers.state_dict import count_indices, expansion_factor
+from .layers.restormer import Downsample, OverlapPatchEmbed, RestormerBlock, Upsample, norm_type, restormer_config
 from .registry import Architecture, State, construct
 
 _DIM = 48  # the published class writes its prompt and noise widths out for this one
@@ -201,24 +200,12 @@ def _without_dead_layers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def _config_from_state_dict(state: State) -> dict[str, Any]:
-    dim, inp_channels = state["patch_embed.proj.weight"].shape[:2]
     for level, (channels, side) in enumerate(_PROMPT_SHAPES, 1):
         shape = tuple(state[f"prompt{level}.prompt_param"].shape)
         if shape != (1, _PROMPTS, channels, side, side):
             raise CheckpointError(f"PromptIR: prompt{level} has the shape {shape}, unlike every published PromptIR")
-    stages = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
-    hidden = [tuple(state[f"{stage}.0.ffn.project_out.weight"].shape[:2]) for stage in stages]
-    config = {
-        "dim": dim,
-        "num_blocks": tuple(count_indices(state, f"{stage}.") for stage in stages),
-        "num_refinement_blocks": count_indices(state, "refinement."),
-        "heads": tuple(state[f"{stage}.0.attn.temperature"].shape[0] for stage in stages),
-        "ffn_expansion_factor": expansion_factor(hidden),
-        "LayerNorm_type": "WithBias" if "latent.0.norm1.body.bias" in state else "BiasFree",
-        "inp_channels": inp_channels,
-        "out_channels": state["output.weight"].shape[0],
-    }
-    if not (dim == _DIM and 1 <= inp_channels <= 64 and 0 < config["ffn_expansion_factor"] <= 64):
+    config = {**restormer_config(state), "LayerNorm_type": norm_type(state)}
+    if not (config["dim"] == _DIM and 1 <= config["inp_channels"] <= 64 and 0 < config["ffn_expansion_factor"] <= 64):
         raise CheckpointError(f"PromptIR: absurd sizes: {config}")
     return config
 

@@ -17,8 +17,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from .layers.layout import fastest_layout
-from .layers.restormer import Downsample, OverlapPatchEmbed, RestormerBlock, Upsample
-from .layers.state_dict import count_indices, expansion_factor
+from .layers.restormer import Downsample, OverlapPatchEmbed, RestormerBlock, Upsample, norm_type, restormer_config
 from .registry import Architecture, State, construct
 
 
@@ -166,21 +165,9 @@ def _config_from_state_dict(state: State, body: str, edition: str) -> dict[str, 
         raise CheckpointError(
             "Restormer: this file restores dual-pixel pairs (defocus); it takes two pictures, not one"
         )
-    dim, inp_channels = state["patch_embed.proj.weight"].shape[:2]
-    stages = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
-    hidden = [state[f"{stage}{body}.0.ffn.project_out.weight"].shape[:2] for stage in stages]
-    config = {
-        "dim": dim,
-        "num_blocks": tuple(count_indices(state, f"{stage}{body}.") for stage in stages),
-        "num_refinement_blocks": count_indices(state, f"refinement{body}."),
-        "heads": tuple(state[f"{stage}{body}.0.attn.temperature"].shape[0] for stage in stages),
-        "ffn_expansion_factor": expansion_factor([tuple(shape) for shape in hidden]),
-        "LayerNorm_type": "WithBias" if f"latent{body}.0.norm1.body.bias" in state else "BiasFree",
-        "inp_channels": inp_channels,
-        "out_channels": state["output.weight"].shape[0],
-        "edition": edition,
-    }
-    if not (1 <= dim <= 1024 and 1 <= inp_channels <= 64 and 0 < config["ffn_expansion_factor"] <= 64):
+    config = {**restormer_config(state, body), "LayerNorm_type": norm_type(state, body), "edition": edition}
+    dim, channels, expansion = config["dim"], config["inp_channels"], config["ffn_expansion_factor"]
+    if not (1 <= dim <= 1024 and 1 <= channels <= 64 and 0 < expansion <= 64):
         raise CheckpointError(f"Restormer: absurd sizes: {config}")
     return config
 

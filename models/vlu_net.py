@@ -19,8 +19,8 @@ from ..errors import CheckpointError, ConfigError, InputError
 from .degradation import Degradation
 from .degradation_encoder import SOURCE, DegradationEncoder
 from .layers.attention import TransposedAttention, transposed_attention
-from .layers.restormer import Downsample, OverlapPatchEmbed, RestormerBlock, Upsample
-from .layers.state_dict import count_indices, expansion_factor
+from .layers.restormer import Downsample, OverlapPatchEmbed, RestormerBlock, Upsample, restormer_config
+from .layers.state_dict import count_indices
 from .registry import Architecture, State, construct
 
 
@@ -241,28 +241,14 @@ def _build_pipeline(config: Mapping[str, Any]) -> VLUNetPipeline:
 
 
 def _net_config(state: State) -> dict[str, Any]:
-    levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
-    dim, inp_channels = state["patch_embed.proj.weight"].shape[:2]
-    first = f"{levels[0]}.gradient_descent"
+    dim, first = state["patch_embed.proj.weight"].shape[0], "encoder_level1.gradient_descent"
     de_dim, embed_dim = state[f"{first}.linear.weight"].shape
     if state[f"{first}.prompt_param"].shape != (1, de_dim, dim // 10, 96, 96):
         raise CheckpointError(
             f"VLU-Net: prompts of {tuple(state[f'{first}.prompt_param'].shape)} do not fit "
             f"{dim} channels and {de_dim} prompts"
         )
-    hidden = [state[f"{name}.denoiser.blocks.0.ffn.project_out.weight"].shape[1] for name in levels]
-    return {
-        "kind": "net",
-        "de_dim": de_dim,
-        "inp_channels": inp_channels,
-        "out_channels": state["output.weight"].shape[0],
-        "dim": dim,
-        "num_blocks": tuple(count_indices(state, f"{name}.denoiser.blocks.") for name in levels),
-        "num_refinement_blocks": count_indices(state, "refinement.denoiser.blocks."),
-        "heads": tuple(state[f"{name}.denoiser.blocks.0.attn.temperature"].shape[0] for name in levels),
-        "ffn_expansion_factor": expansion_factor((dim * 2**i, width) for i, width in enumerate(hidden)),
-        "embed_dim": embed_dim,
-    }
+    return {"kind": "net", "de_dim": de_dim, **restormer_config(state, ".denoiser.blocks"), "embed_dim": embed_dim}
 
 
 def _pipeline_config(state: State) -> dict[str, Any]:

@@ -5,11 +5,17 @@ Zamir et al., "Restormer: Efficient Transformer for High-Resolution Image Restor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
 from .attention import GatedFeedForward, TransposedAttention
 from .norm import NormBody
+from .state_dict import count_indices, expansion_factor
+
+_LEVELS = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
 
 
 class RestormerBlock(nn.Module):
@@ -71,3 +77,27 @@ class OverlapPatchEmbed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(x)
+
+
+def restormer_config(state: Mapping[str, torch.Tensor], body: str = "") -> dict[str, Any]:
+    """The hyper-parameters that Restormer's descendants share, from a state dict.
+
+    `body` is what stands between a stage's name and its blocks' numbers. Raises CheckpointError for widths that belong to
+    no expansion factor.
+    """
+    dim, inp_channels = state["patch_embed.proj.weight"].shape[:2]
+    widths = [tuple(state[f"{level}{body}.0.ffn.project_out.weight"].shape[:2]) for level in _LEVELS]
+    return {
+        "dim": dim,
+        "num_blocks": tuple(count_indices(state, f"{level}{body}.") for level in _LEVELS),
+        "num_refinement_blocks": count_indices(state, f"refinement{body}."),
+        "heads": tuple(state[f"{level}{body}.0.attn.temperature"].shape[0] for level in _LEVELS),
+        "ffn_expansion_factor": expansion_factor(widths),
+        "inp_channels": inp_channels,
+        "out_channels": state["output.weight"].shape[0],
+    }
+
+
+def norm_type(state: Mapping[str, torch.Tensor], body: str = "") -> str:
+    """Which norm the blocks have, "WithBias" or "BiasFree"; `body` as for `restormer_config`."""
+    return "WithBias" if f"latent{body}.0.norm1.body.bias" in state else "BiasFree"

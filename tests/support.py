@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 
 from comfyui_mend import models
 from comfyui_mend.engine import loaded
 from comfyui_mend.models.registry import Architecture
+
+
+def wrapped(architecture: str, config: Mapping[str, Any]) -> loaded.LoadedRestorer:
+    """A network with the weights it starts with, as nodes take it."""
+    module = models.create(architecture, config).eval().requires_grad_(False)
+    return loaded.wrap(models.Restorer(models.registry.get(architecture), config, module))
+
+
+def tapped(taps: Mapping[str, torch.nn.Module], call: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+    """What `call` returns, and what each of the modules last returned meanwhile."""
+    kept: dict[str, Any] = {}
+    hooks = [m.register_forward_hook(lambda _m, _i, out, n=n: kept.__setitem__(n, out)) for n, m in taps.items()]
+    try:
+        result = call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return result, kept
 
 
 class LocalNetwork(torch.nn.Module):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import wrapped
 
-from comfyui_mend import models, nodes
+from comfyui_mend import nodes
 from comfyui_mend.engine import classify, feature_maps, loaded
 from comfyui_mend.engine.node_api import io
 from comfyui_mend.engine.runner import Runner
@@ -19,11 +20,11 @@ RAIN = Degradation(("rain", "haze", "low light"), torch.tensor([[0.6, 0.3, 0.1]]
 
 
 def _loaded(architecture: str, config: dict) -> loaded.LoadedRestorer:
-    module = models.create(architecture, config).eval().requires_grad_(False)
-    for name, parameter in module.named_parameters():
+    made = wrapped(architecture, config)
+    for name, parameter in made.restorer.module.named_parameters():
         if name.endswith(("beta", "gamma")):
             parameter.normal_(std=0.3)
-    return loaded.wrap(models.Restorer(models.registry.get(architecture), config, module))
+    return made
 
 
 @pytest.fixture

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import local_restorer
+from support import local_restorer, wrapped
 
-from comfyui_mend import models
 from comfyui_mend.engine import blend, ensemble, host, input_range, loaded, tiling, uncertainty
 from comfyui_mend.errors import Cancelled, InputError
 from comfyui_mend.models.degradation import Degradation
@@ -20,9 +19,7 @@ AIRNET = {"n_groups": 1, "n_blocks": 1, "n_feats": 8, "if_uncertainty": True, "b
 
 
 def network(**changes) -> loaded.LoadedRestorer:
-    config = {**AIRNET, **changes}
-    module = models.create("tur", config).eval().requires_grad_(False)
-    return loaded.wrap(models.Restorer(models.registry.get("airnet"), config, module))
+    return wrapped("airnet", {**AIRNET, **changes})
 
 
 def picture(batch: int = 1, channels: int = 3, height: int = 40, width: int = 56) -> torch.Tensor:
@@ -181,18 +178,13 @@ def test_the_ensemble_node_takes_transparency_and_says_what_it_found() -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_every_network_with_a_head_gives_a_map_in_the_size_of_the_picture(name: str) -> None:
-    config = SMALL[name]
-    module = models.create("tur", config).eval().requires_grad_(False)
-    restorer = loaded.wrap(models.Restorer(models.registry.get(name), config, module))
-    restored, raw = uncertainty.restore(restorer, torch.rand(2, 3, 50, 70), tile=64)
+    restored, raw = uncertainty.restore(wrapped(name, SMALL[name]), torch.rand(2, 3, 50, 70), tile=64)
     assert restored.shape == (2, 3, 50, 70) and raw.shape == (2, 50, 70)
     assert float(raw.min()) > 0 and raw.isfinite().all()
 
 
 def transweather() -> loaded.LoadedRestorer:
-    config = SMALL["transweather"]
-    module = models.create("tur", config).eval().requires_grad_(False)
-    return loaded.wrap(models.Restorer(models.registry.get("transweather"), config, module))
+    return wrapped("transweather", SMALL["transweather"])
 
 
 def test_the_range_that_was_set_is_what_the_network_is_fed() -> None:

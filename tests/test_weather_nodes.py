@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import wrapped
 
-from comfyui_mend import models
 from comfyui_mend.engine import coarse, degradations, loaded, residuals
 from comfyui_mend.errors import InputError
 from comfyui_mend.models.degradation import Degradation
@@ -39,8 +39,7 @@ VLU = {
 
 def network(name: str, config: dict) -> loaded.LoadedRestorer:
     torch.manual_seed(0)
-    module = models.create(name.removesuffix("-clip").removesuffix("-potential"), config).eval().requires_grad_(False)
-    return loaded.wrap(models.Restorer(models.registry.get(name), config, module))
+    return wrapped(name, config)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from support import tapped
+
 from comfyui_mend.kernels.linear_attention import feature_map, key_value_state, linear_attention, rotary_angles, rotate
 
 
@@ -30,23 +32,12 @@ def _core(case):
     }
 
 
-def _tapped(taps, call):
-    kept = {}
-    hooks = [m.register_forward_hook(lambda _m, _i, out, n=n: kept.__setitem__(n, out)) for n, m in taps.items()]
-    try:
-        out = call()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return out, kept
-
-
 def _block(case):
     module, x = case.module(), case.inputs["x"]
     height, width = case.config["input_resolution"]
     names = {"cpe1": "cpe1", "qk": "attn.qk", "attn": "attn", "out_proj": "out_proj", "mlp": "mlp"}
     taps = {f"mid_{n}": module.get_submodule(path) for n, path in names.items()}
-    out, kept = _tapped(taps, lambda: module(x.unflatten(1, (height, width))))
+    out, kept = tapped(taps, lambda: module(x.unflatten(1, (height, width))))
     outputs = {n: v.permute(0, 3, 1, 2) if n == "mid_cpe1" else v.flatten(1, 2) for n, v in kept.items()}
     return {"out": out.flatten(1, 2), **outputs, "rotations": module.attn.rope.rotations}
 
@@ -54,7 +45,7 @@ def _block(case):
 def _network(case):
     module = case.module()
     taps = {name: _stage(module, name) for name in case.outputs if name.startswith("mid_")}
-    out, kept = _tapped(taps, lambda: module(case.inputs["x"]))
+    out, kept = tapped(taps, lambda: module(case.inputs["x"]))
     return {"out": out} | {n: v.permute(0, 3, 1, 2) for n, v in kept.items()}
 
 

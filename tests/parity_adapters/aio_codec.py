@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from support import tapped
 
 from comfyui_mend.codec import tables
 from comfyui_mend.models import aio_codec
@@ -65,12 +66,7 @@ def _tapped(module, run):
         "mid_hyper_dec": module.hyper_dec,
         "mid_dec_x4": module.dec.decoder_x4,
     }
-    kept = {}
-    hooks = [m.register_forward_hook(lambda _m, _i, out, n=n: kept.__setitem__(n, out)) for n, m in taps.items()]
-    result = run()
-    for hook in hooks:
-        hook.remove()
-    return result, kept
+    return tapped(taps, run)
 
 
 def run(case):

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
+from support import tapped
 from torch import nn
 
 from comfyui_mend.training.objectives.restoration import fft_loss
-
-
-def _tapped(module: nn.Module, taps: dict[str, nn.Module], call: Callable) -> dict[str, torch.Tensor]:
-    kept: dict[str, torch.Tensor] = {}
-    hooks = [m.register_forward_hook(lambda _m, _i, out, n=n: kept.__setitem__(n, out)) for n, m in taps.items()]
-    try:
-        call()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return kept
 
 
 def _stage(module: nn.Module, name: str) -> nn.Module:
@@ -40,7 +27,7 @@ def run(case):
         outputs |= {f"out{suffix}": out, f"gates{suffix}": routing.gates, f"logits{suffix}": routing.logits}
     taps = {f"act_{n}": _stage(module, n) for n in case.json.get("intermediates", [])}
     taps["freq_emb"] = module.freq_embed
-    return outputs | _tapped(module, taps, lambda: module(inputs["x"], inputs["routing_noise"]))
+    return outputs | tapped(taps, lambda: module(inputs["x"], inputs["routing_noise"]))[1]
 
 
 def _train(case, module):

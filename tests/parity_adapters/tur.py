@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from support import tapped
+
 from comfyui_mend.training.objectives.tur import TaskUncertaintyLoss
 
 
@@ -17,7 +19,7 @@ def run(case):
     for name, x in case.inputs.items():
         suffix = name.removeprefix("x")
         wanted = {} if suffix else _taps(case, module)
-        outputs |= _tapped(wanted, lambda x=x, suffix=suffix: _both(module, x, suffix))
+        outputs |= _recorded(wanted, lambda x=x, suffix=suffix: _both(module, x, suffix))
     return outputs
 
 
@@ -38,15 +40,9 @@ def _taps(case, module):
     return {name: modules[name] for name in names}
 
 
-def _tapped(taps, call):
+def _recorded(taps, call):
     """The outputs of `call`, and what the named modules returned, as the reference keeps it: maps as tokens."""
-    kept = {}
-    hooks = [m.register_forward_hook(lambda _m, _i, out, n=n: kept.__setitem__(n, out)) for n, m in taps.items()]
-    try:
-        outputs = call()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    outputs, kept = tapped(taps, call)
     return outputs | {f"tap.{n}": _as_recorded(n, v) for n, v in kept.items()}
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from comfyui_mend import models
-from comfyui_mend.engine import loaded
+from comfyui_mend.engine import folders, loaded
 
 SMALL = {
     "dim": 8,
@@ -20,6 +22,15 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_folders() -> Iterator[None]:
+    """Folders that a test sets are forgotten after it."""
+    before = {name: getattr(folders._Folders, name) for name in ("inputs", "output", "temp")}
+    yield
+    for name, folder in before.items():
+        setattr(folders._Folders, name, folder)
 
 
 @pytest.fixture

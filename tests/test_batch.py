@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from comfyui_mend.__main__ import main
-from comfyui_mend.engine import batch, folders, ray_workers
+from comfyui_mend.engine import batch, ray_workers
 from comfyui_mend.engine.runner import Runner
 from comfyui_mend.errors import Cancelled, InputError, MissingDependency, WorkflowError
 from comfyui_mend.nodes.cli_batch import make_worker
@@ -22,12 +22,6 @@ WORKFLOW = {
     "2": {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}},
     "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "x"}},
 }
-
-
-@pytest.fixture(autouse=True)
-def _own_folders():
-    yield
-    folders._Folders.inputs, folders._Folders.output, folders._Folders.temp = (), None, None
 
 
 @pytest.fixture

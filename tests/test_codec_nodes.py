@@ -36,10 +36,8 @@ def photo() -> torch.Tensor:
 
 @pytest.fixture
 def output(tmp_path):
-    before = folders._Folders.inputs, folders._Folders.output
     folders.set_folders(inputs=[tmp_path], output=tmp_path)
-    yield tmp_path
-    folders._Folders.inputs, folders._Folders.output = before
+    return tmp_path
 
 
 def decode(codec, streams, **region) -> torch.Tensor:

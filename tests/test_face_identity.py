@@ -162,10 +162,7 @@ def test_a_file_is_loaded_once_and_again_when_it_changed(recogniser, models_fold
 def test_the_shipped_workflow_runs_with_the_file_in_its_place(cv2, models_folder, tmp_path):
     graph = json.loads((WORKFLOWS / "api" / "face_identity.json").read_text(encoding="utf-8"))
     folders.set_folders(inputs=[], output=tmp_path / "out", temp=tmp_path / "temp")
-    try:
-        result = Runner(classes()).run(graph)
-    finally:
-        folders._Folders.output = folders._Folders.temp = None
+    result = Runner(classes()).run(graph)
     assert result.complete, result.describe()
     [measured] = [key for key, node in graph.items() if node["class_type"] == "MendFaceIdentity"]
     distance, report, sheet = (value[0] for value in result.values[measured])

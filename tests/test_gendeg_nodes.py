@@ -300,12 +300,9 @@ def test_the_command_writes_what_the_node_writes(photos, tmp_path, small):
     arguments = [str(photos), "--out", str(tmp_path / "a"), "--by", "simulation", "--degradations", "rain,snow"]
     assert make_dataset.main([*arguments, "--largest", "16"]) == 0
     folders.set_folders(output=tmp_path)
-    try:
-        manifest, count, text = synthesis_nodes.MakeDataset.execute(
-            str(photos), "a", "rain, snow", "simulation", largest_side=16
-        ).args
-    finally:
-        folders._Folders.output = None
+    manifest, count, text = synthesis_nodes.MakeDataset.execute(
+        str(photos), "a", "rain, snow", "simulation", largest_side=16
+    ).args
     assert count == 6 and Path(manifest) == tmp_path / "datasets" / "a" / "manifest.jsonl" and "6 pairs made" in text
     lines = [sorted((tmp_path / name / "manifest.jsonl").read_text().splitlines()) for name in ("a", "datasets/a")]
     assert lines[0] == lines[1]
@@ -314,12 +311,9 @@ def test_the_command_writes_what_the_node_writes(photos, tmp_path, small):
 def test_pictures_of_a_graph_are_made_once(tmp_path, small):
     folders.set_folders(output=tmp_path)
     image = torch.rand(2, 9, 12, 3)
-    try:
-        for expected in ("2 pairs made, 0", "0 pairs made, 2"):
-            made = synthesis_nodes.MakeDataset.execute(name="x", degradations="haze", degrader=small, image=image)
-            assert expected in made.args[2] and made.args[1] == 2
-    finally:
-        folders._Folders.output = None
+    for expected in ("2 pairs made, 0", "0 pairs made, 2"):
+        made = synthesis_nodes.MakeDataset.execute(name="x", degradations="haze", degrader=small, image=image)
+        assert expected in made.args[2] and made.args[1] == 2
     row = next(iter(make_dataset.read_manifest(tmp_path / "datasets" / "x").values()))
     assert row["intensity"]["mu"] == pytest.approx(row["asked"]["mu"], abs=0.005)
 

@@ -328,9 +328,7 @@ def places(tmp_path):
     inputs, output = tmp_path / "in", tmp_path / "out"
     inputs.mkdir()
     folders.set_folders(inputs=[inputs], output=output, temp=tmp_path / "temp")
-    yield inputs, output
-    folders.set_folders(inputs=[])
-    folders._Folders.output = folders._Folders.temp = None
+    return inputs, output
 
 
 def pixels(height, width, channels=3):
@@ -498,9 +496,7 @@ def workflow_file(tmp_path):
     prompt["2"]["_meta"] = {"title": "Result"}
     path = tmp_path / "w.json"
     path.write_text(json.dumps(prompt))
-    yield path
-    folders.set_folders(inputs=[])
-    folders._Folders.output = None
+    return path
 
 
 def test_mend_run_writes_the_picture_and_ends_with_0(workflow_file, tmp_path, capsys):

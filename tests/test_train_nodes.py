@@ -71,7 +71,6 @@ def batch(count: int = 3, size: int = 32) -> Batch:
 def outputs(tmp_path):
     folders.set_folders(output=tmp_path / "output")
     yield tmp_path / "output"
-    folders._Folders.output = None
     host.set_hooks()
 
 

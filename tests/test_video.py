@@ -32,7 +32,6 @@ EXACT = VideoSettings(codec="lossless")
 def _nobody_listens():
     yield
     host.set_hooks()
-    folders._Folders.inputs, folders._Folders.output = (), None
 
 
 @pytest.fixture

@@ -127,8 +127,7 @@ def builtin(tmp_path_factory):
             done[name] = Runner(CLASSES).run(api_file(name))
         return done[name]
 
-    yield run
-    folders._Folders.output = folders._Folders.temp = None
+    return run
 
 
 def saved(result: Any) -> dict[str, list[Path]]:

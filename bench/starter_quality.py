@@ -29,6 +29,7 @@ from . import machine, report
 
 Method = Callable[[torch.Tensor], torch.Tensor]
 Score = tuple[float, float]
+STARTER = host.PACK / "weights" / "mend-moce-ir-starter.safetensors"
 
 
 def denoise(image: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -182,11 +183,18 @@ def table(scores: Mapping[str, Mapping[str, Score]]) -> list[str]:
     return rows
 
 
+def _chosen(args: argparse.Namespace) -> str:
+    """The arguments that say what is measured, as they are typed, where they are not the usual ones."""
+    model = "" if args.model == STARTER else f"--model {args.model.name} "
+    kinds = "".join(f'"{kind}" ' if " " in kind else f"{kind} " for kind in args.only)
+    return model + (f"--only {kinds}" if kinds else "")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Prints the table, and writes it where asked."""
     parser = argparse.ArgumentParser(prog="mend bench quality", description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=Path, required=True, help="folder of clean photographs")
-    parser.add_argument("--model", type=Path, default=host.PACK / "weights" / "mend-moce-ir-starter.safetensors")
+    parser.add_argument("--model", type=Path, default=STARTER)
     parser.add_argument("--size", type=int, default=256, help="side of the central crop (256)")
     parser.add_argument("--limit", type=int, help="only the first pictures")
     parser.add_argument("--threads", type=int, default=1)
@@ -211,7 +219,7 @@ def main(arguments: Sequence[str]) -> int:
         f"{report.trained(args.model.name, restorer)}, central {args.size} x {args.size} crops of {usable} "
         "photographs that were not trained on. PSNR in dB / SSIM, mean over the photographs, results clipped to 0..1.",
         "",
-        machine.command(f"quality --photos PHOTOS/validation --size {args.size}"),
+        machine.command(f"quality --photos PHOTOS/validation {_chosen(args)}--size {args.size}"),
         "",
         *table(scores),
     ]

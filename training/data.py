@@ -113,21 +113,21 @@ def _mixture(*kinds: str, strength: float = 0.7) -> tuple[Degradation, ...]:
 
 
 STARTER_TASKS = (
-    _single("noise", 0.22, "noise"),
+    _single("noise", 0.23, "noise"),
     _single("channel-noise", 0.02, "channel-noise"),
     _single("poisson", 0.02, "poisson"),
-    _single("blur", 0.09, "blur", choice=3),
-    _single("motion-blur", 0.11, "motion-blur", choice=3),
+    _single("blur", 0.10, "blur", choice=3),
+    _single("motion-blur", 0.14, "motion-blur", choice=3),
     _single("defocus", 0.02, "defocus", choice=3),
     _single("downsample", 0.02, "downsample", choice=3),
-    _single("rain", 0.08, "rain"),
+    _single("rain", 0.06, "rain"),
     _single("raindrops", 0.015, "raindrops"),
     _single("snow", 0.09, "snow"),
     _single("haze", 0.26, "haze", smallest=0.12),
-    _single("low-light", 0.16, "low-light", smallest=0.12),
-    _single("jpeg", 0.10, "jpeg", choice=3),
-    Task("clean", 0.07, ((),), smallest=0.25),
-    Task("haze and noise", 0.06, (_mixture("haze", "noise", strength=1.0),), smallest=0.12),
+    _single("low-light", 0.18, "low-light", smallest=0.12),
+    _single("jpeg", 0.12, "jpeg", choice=3),
+    Task("clean", 0.05, ((),), smallest=0.25),
+    Task("haze and noise", 0.10, (_mixture("haze", "noise", strength=1.0),), smallest=0.12),
     Task(
         "mixture",
         0.12,
@@ -167,10 +167,20 @@ WEATHER_TASKS = (
 )
 
 DEBLUR_TASKS = (
-    _single("blur", 0.4, "blur", choice=4),
-    _single("motion-blur", 0.45, "motion-blur", choice=4),
-    _single("defocus", 0.1, "defocus", choice=4),
-    Task("clean", 0.05, ((),)),
+    _single("blur", 0.34, "blur", choice=4),
+    _single("motion-blur", 0.42, "motion-blur", choice=4),
+    _single("defocus", 0.08, "defocus", choice=4),
+    Task("clean", 0.04, ((),)),
+    Task(  # what a camera or a web page adds after the blur: without it a network learns to enlarge it
+        "blur and a little noise",
+        0.12,
+        tuple(
+            (Degradation(blur), Degradation(after, 1.0, parameters))
+            for blur in ("blur", "motion-blur")
+            for after, parameters in (("noise", {"sigma": 3.0}), ("noise", {"sigma": 8.0}), ("jpeg", {"quality": 80}))
+        ),
+        choice=4,
+    ),
 )
 
 VALIDATION: Mapping[str, tuple[Degradation, ...]] = {

@@ -45,8 +45,7 @@ def certify(folder: Path) -> dict[str, Any]:
     }
     recorded = folder / "expected.safetensors"
     if not case.get("outputs") or not recorded.exists():
-        if case.get("state_dict"):
-            parity.Case(folder).module()
+        parity.run_case(folder)  # builds the network and checks names and shapes
         return {**entry, "result": "ok", "values": 0, "note": "names and shapes only"}
     expected, start = load_file(recorded), time.perf_counter()
     produced = parity.run_case(folder)

@@ -122,8 +122,8 @@ def builtin(tmp_path_factory):
     place, done = tmp_path_factory.mktemp("builtin"), {}
 
     def run(name: str):
+        folders.set_folders(inputs=[], output=place, temp=place / "temp")
         if name not in done:
-            folders.set_folders(inputs=[], output=place, temp=place / "temp")
             done[name] = Runner(CLASSES).run(api_file(name))
         return done[name]
 

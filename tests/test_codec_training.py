@@ -118,7 +118,7 @@ def test_every_picture_of_a_step_has_its_own_quality_and_weighs_alike(codec) -> 
     assert torch.isfinite(codec.q_scale_enc.grad).all() and codec.q_scale_enc.grad.abs().min() > 0
     hopeless = torch.cat([clean[:3], 1 - clean[3:]])  # one picture whose damage nothing takes out
     worse, _ = objective(codec, clean, hopeless, torch.Generator().manual_seed(1))
-    assert float(worse - loss) < 3  # it weighs as the logarithm of its cost
+    assert float((worse - loss).detach()) < 3  # it weighs as the logarithm of its cost
     with pytest.raises(ConfigError, match="ascending"):
         LogRateDistortion((10.0, 1.0))
 

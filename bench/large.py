@@ -45,11 +45,11 @@ def _released(only: Sequence[str]) -> Iterator[str]:
             yield f"{architecture.id}/{next(iter(architecture.variants))}"
 
 
-def _network(name: str) -> loaded.LoadedRestorer:
-    """A file by its name, or a released setting with random weights."""
-    network, slash, setting = name.partition("/")
-    if not slash:
+def _network(name: str, released: bool) -> loaded.LoadedRestorer:
+    """A file by its name, which may lie in a subfolder, or a released setting (ID/SETTING) with random weights."""
+    if not released:
         return loaded.load(model_folder.model_path(name))
+    network, _, setting = name.partition("/")
     ((_, restorer),) = networks(None, [network], [setting])
     return loaded.wrap(restorer)
 
@@ -76,7 +76,7 @@ def _one(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     host.set_device("cpu")
     width, height = args.size
-    network = _network(args.one)
+    network = _network(args.one, args.released is not None)
     picture = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
     before, clock, restored = peak_bytes(), Clock(args.seconds), None
     with torch.inference_mode():

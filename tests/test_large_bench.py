@@ -22,6 +22,15 @@ def test_a_released_setting_is_named_by_network_and_setting() -> None:
     assert names == ["transweather/TUR", "uformer/TUR 7 tasks"]
 
 
+def test_a_model_file_in_a_subfolder_is_a_file_not_a_released_setting(tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "net.safetensors").write_bytes((host.PACK / "weights" / "wiring-nafnet.safetensors").read_bytes())
+    monkeypatch.setenv("MEND_MODELS", str(tmp_path))
+    assert large._network("mine/net.safetensors", released=False).restorer.architecture.id == "nafnet"
+    assert large._network("uformer/B", released=True).restorer.parameters > 50_000_000
+
+
 def test_the_clock_stops_after_the_first_tile_that_ends_too_late() -> None:
     module = models.create("nafnet", {"width": 4, "enc_blk_nums": [1], "middle_blk_num": 0, "dec_blk_nums": [1]})
     architecture = models.registry.get("nafnet")

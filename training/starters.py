@@ -81,6 +81,7 @@ class Starter:
 # hour nothing else improves. Under the logarithm of each crop's error alone, dark crops stay as they are, because its
 # gradient grows as the error shrinks. The two together, and a floor for nearly perfect crops, let all kinds improve.
 BLIND = Restoration(pixel=3.0, log=0.25, fft=0.1, floor=3e-4)
+DEBLUR = Restoration(pixel=1.0, log=0.1, fft=0.1, floor=3e-4)
 
 
 STARTERS: Mapping[str, Starter] = {
@@ -126,7 +127,7 @@ STARTERS: Mapping[str, Starter] = {
         system="acl",
         config={"channels": 24, "blocks": [1, 1, 2], "head_dim": 12},
         restores=("deblur",),
-        objective=Restoration(pixel=1.0, log=0.1, fft=0.1, floor=3e-4),
+        objective=DEBLUR,
         tasks=DEBLUR_TASKS,
         initialise=_near_identity("out"),
         stages=(Stage(0.0, 64, 12), Stage(0.4, 96, 6), Stage(0.8, 128, 4)),
@@ -142,7 +143,7 @@ STARTERS: Mapping[str, Starter] = {
             "train_size": [192, 192],  # on larger pictures 0.2 dB better than means over all of them
         },
         restores=("deblur",),
-        objective=Restoration(pixel=1.0, log=0.1, fft=0.1, floor=3e-4),
+        objective=DEBLUR,
         tasks=DEBLUR_TASKS,
         initialise=_near_identity("ending"),
         stages=(Stage(0.0, 96, 8), Stage(0.5, 128, 6), Stage(0.85, 192, 3)),

@@ -17,7 +17,6 @@ BENCHES = {
     "layout": ("layout", "channels-last feature maps on a CPU"),
     "scan": ("state_space", "state-space networks end to end, by scan backend"),
     "reference": ("reference", "networks against their published implementations, fetched beforehand"),
-    "tur": ("tur", "TransWeather and Uformer against other implementations"),
     "samples": ("synthetic_samples", "a restorer trained with and without samples of the degradation model"),
     "quality": ("starter_quality", "the starter weights against classical methods"),
     "enlarge": ("enlarge_quality", "the enlarging starter against interpolation"),

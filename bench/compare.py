@@ -1,8 +1,7 @@
-"""Two implementations of one network, turn by turn in one process: time, memory, and how far their results differ."""
+"""Two implementations of one network, turn by turn in one process: results, time and memory."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,16 +10,13 @@ import torch
 
 from ..engine.meter import PeakMemory
 
-HEADER = "| network | implementation | processor s, best (median) | wall s, best (median) | peak of tensors MB |\n|---|---|---|---|---|"
-
 
 @dataclass
 class Measured:
-    """One implementation's result, bytes of tensors at the peak, and seconds of every round."""
+    """One implementation's result, bytes of tensors at the peak, and processor seconds of every round."""
 
     output: torch.Tensor
     peak: int
-    wall: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
 
 
@@ -37,19 +33,7 @@ def measure(calls: Mapping[str, Callable[[], torch.Tensor]], repeat: int) -> dic
         measured[name] = Measured(output, peak.bytes)
     for _ in range(repeat):
         for name, call in calls.items():
-            start = time.perf_counter(), time.process_time()
+            start = time.process_time()
             call()
-            measured[name].wall.append(time.perf_counter() - start[0])
-            measured[name].processor.append(time.process_time() - start[1])
+            measured[name].processor.append(time.process_time() - start)
     return measured
-
-
-def compare(network: str, calls: Mapping[str, Callable[[], torch.Tensor]], repeat: int) -> tuple[list[str], float]:
-    """Markdown rows, one a call, and the largest difference between the first result and the others."""
-    measured = measure(calls, repeat)
-    rows = []
-    for name, one in measured.items():
-        figures = [f"{min(t):.2f} ({statistics.median(t):.2f})" for t in (one.processor, one.wall)]
-        rows.append(f"| {network} | {name} | {' | '.join(figures)} | {one.peak / 1e6:.0f} |")
-    first, *others = (one.output for one in measured.values())
-    return rows, max((float((o - first).abs().max()) for o in others), default=0.0)

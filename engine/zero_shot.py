@@ -122,12 +122,13 @@ class NetworkPrior:
 
 
 def network_prior(loaded: LoadedRestorer, kind: str = AUTOMATIC, label: int | None = None, precision: str = "auto"):
-    """A loaded file as a prior. `kind` one of KINDS; automatic: by the network's form and its file's name."""
+    """A loaded file as a prior. `kind` one of KINDS; automatic: by the network's form, what its file says it is for, and
+    its name."""
     restorer = loaded.restorer
     if restorer.architecture.kind != "prior":
         raise InputError(f"model: {restorer.architecture.title} is a {restorer.architecture.kind}, not a prior")
     if kind == AUTOMATIC:
-        kind = getattr(restorer.module, "form", "epsilon")
+        kind = "consistency" if "consistency" in restorer.tasks else getattr(restorer.module, "form", "epsilon")
         if restorer.config.get("wrapper") == "karras":
             kind = "EDM" if "edm" in restorer.source.lower().replace("\\", "/").rsplit("/", 1)[-1] else "consistency"
     classes = getattr(restorer.module, "num_classes", None)

@@ -111,3 +111,68 @@ def test_a_few_steps_of_training_learn_to_denoise_and_resume(tmp_path) -> None:
     assert after["sigma 0.7"] > before["sigma 0.7"] + 0.5
     again = trainer()
     assert again.resume() and again.progress.step == 30
+
+
+class Untouched(torch.nn.Module):
+    """Adds nothing to what the scalings around it make of a picture, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.calls = torch.nn.Parameter(torch.zeros(())), 0
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x * self.scale
+
+
+def test_at_the_smallest_noise_level_a_consistency_model_returns_its_input() -> None:
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = training.consistent(awake(SMALL), x, torch.tensor([training.SIGMA_MIN] * 2))
+    assert torch.equal(found, x)
+
+
+@pytest.mark.parametrize(("share", "gap"), [(0.0, 0.5), (0.34, 0.25), (0.9, 0.125), (1.0, 0.125)])
+def test_consistency_tuning_compares_ever_closer_noise_levels(share: float, gap: float) -> None:
+    module, clean = Untouched(), torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    objective = training.Consistency(lambda: share)
+    loss, parts = objective(module, clean, clean, torch.Generator().manual_seed(2))
+    assert float(parts["gap"]) == gap and module.calls == 2
+    generator = torch.Generator().manual_seed(2)
+    sigma = training.draw_sigmas(3, generator).clamp_min(2 * training.SIGMA_MIN)
+    lower = (sigma * (1 - gap)).clamp_min(training.SIGMA_MIN)
+    noise, x0 = torch.randn(clean.shape, generator=generator), clean * 2 - 1
+    skips = [0.25 / ((s - training.SIGMA_MIN) ** 2 + 0.25) for s in (sigma, lower)]
+    answers = [
+        (k.reshape(-1, 1, 1, 1) * (x0 + s.reshape(-1, 1, 1, 1) * noise))
+        for k, s in zip(skips, (sigma, lower), strict=True)
+    ]
+    error = (answers[0] - answers[1]).square().mean(dim=(1, 2, 3))
+    assert float(loss.detach()) == pytest.approx(
+        float((error * (sigma**2 + 0.25) / (0.5 * sigma) ** 2).mean() / gap), rel=1e-4
+    )
+
+
+def test_consistency_tuning_learns_from_the_higher_noise_level_alone() -> None:
+    class Two(torch.nn.Module):
+        """Answers with its first number when it is asked first (the goal), with its second afterwards."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.numbers, self.calls = torch.nn.Parameter(torch.zeros(2)), 0
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return x * 0 + self.numbers[self.calls - 1]
+
+    module, clean = Two(), torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    loss, _ = training.Consistency(lambda: 0.0)(module, clean, clean, torch.Generator().manual_seed(4))
+    (slope,) = torch.autograd.grad(loss, [module.numbers])
+    assert float(slope[0]) == 0 and abs(float(slope[1])) > 1e-4
+
+
+def test_a_consistency_model_is_known_by_its_file(tmp_path) -> None:
+    module = awake(SMALL)
+    for tasks, kind in ((("prior",), "EDM"), (("prior", "consistency"), "consistency")):
+        training.export(module, tmp_path / f"{kind}.safetensors", "noise-unet", SMALL, tasks)
+        prior = zero_shot.network_prior(loaded.load(tmp_path / f"{kind}.safetensors"))
+        assert prior.kind == kind

@@ -1,8 +1,10 @@
 """Trains Mend's starter prior, the small denoiser that zero-shot restoration is guided by.
 
     python -m comfyui_mend.training.prior --photos photos/ready --out runs/prior --minutes 60
+    python -m comfyui_mend.training.prior --photos photos/ready --out runs/consistency --consistency \
+        --initial runs/prior/mend-prior-starter.safetensors
 
-Stop it as you like (Ctrl-C, SIGTERM); the same command goes on where it was.
+The second makes a consistency model of it. Stop it as you like (Ctrl-C, SIGTERM); the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +24,17 @@ from torch import nn
 
 from .. import models
 from ..errors import Cancelled
-from ..guidance.parametrisation import edm_c_in, edm_denoised, edm_time
+from ..guidance.parametrisation import SIGMA_MIN, consistency_denoised, edm_c_in, edm_denoised, edm_time
 from .data import PhotoCrops, central_squares, load_photos
 from .stopping import stop_request
-from .trainer import Settings, Stage, Trainer, export, psnr
+from .trainer import Settings, Stage, Trainer, export, psnr, read_export
 
 logger = logging.getLogger(__name__)
 
 SYSTEM = "noise-unet"
 CONFIG: dict[str, Any] = {"channels": 3, "widths": [48, 80, 128], "blocks": [1, 2, 2], "embedding": 64}
 NAME = "mend-prior-starter.safetensors"
+CONSISTENCY_NAME = "mend-consistency-starter.safetensors"
 STAGES = (Stage(0.0, 64, 8), Stage(0.5, 96, 4), Stage(0.85, 128, 3))
 FIRST_AND_LAST = ("head", "tail", "embed")
 LEVELS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
@@ -58,6 +62,16 @@ def denoise(module: nn.Module, x: torch.Tensor, sigma: torch.Tensor) -> torch.Te
     return edm_denoised(x, sigma, module(x * edm_c_in(sigma), edm_time(sigma)).float())
 
 
+def consistent(module: nn.Module, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """As `denoise`, with the boundary condition of consistency models: at the smallest noise level x itself."""
+    return consistency_denoised(x, sigma, module(x * edm_c_in(sigma), edm_time(sigma)).float())
+
+
+def _weight(sigma: torch.Tensor) -> torch.Tensor:
+    """1 / c_out^2: with it the errors of all noise levels weigh alike (Karras et al. 2022, table 1)."""
+    return (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+
+
 class Denoising:
     """EDM's loss: squared error of x0 over c_out^2, so that all noise levels weigh alike (Karras et al. 2022, table 1)."""
 
@@ -68,8 +82,36 @@ class Denoising:
         sigma = draw_sigmas(len(x0), generator)
         x = x0 + sigma.reshape(-1, 1, 1, 1) * torch.randn(x0.shape, generator=generator)
         error = (denoise(module, x, sigma) - x0).square().mean(dim=(1, 2, 3))
-        loss = (error * (sigma**2 + 0.25) / (0.5 * sigma) ** 2).mean()
-        return loss, {"psnr": (-10 * (error.detach() / 4).clamp_min(1e-10).log10()).mean()}
+        return (error * _weight(sigma)).mean(), {"psnr": (-10 * (error.detach() / 4).clamp_min(1e-10).log10()).mean()}
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """Equal answers for two noise levels of one picture under one noise: consistency tuning (Geng et al. 2024, "ECT").
+
+    The answer at the lower level is the goal for the higher one. Between them lies a half of the level at first, later a
+    quarter, an eighth: denoising, with which a trained prior begins, is the case of all of it. `share`: how much of the
+    run is done, 0..1.
+    """
+
+    share: Callable[[], float]
+    halvings: int = 3
+
+    def __call__(
+        self, module: nn.Module, damaged: torch.Tensor, clean: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        x0 = clean * 2 - 1
+        sigma = draw_sigmas(len(x0), generator).clamp_min(2 * SIGMA_MIN)
+        gap = 0.5 ** min(self.halvings, 1 + int(self.halvings * self.share()))
+        lower = (sigma * (1 - gap)).clamp_min(SIGMA_MIN)
+        noise = torch.randn(x0.shape, generator=generator)
+        with torch.no_grad():
+            goal = consistent(module, x0 + lower.reshape(-1, 1, 1, 1) * noise, lower)
+        found = consistent(module, x0 + sigma.reshape(-1, 1, 1, 1) * noise, sigma)
+        error = (found - goal).square().mean(dim=(1, 2, 3))
+        apart = (found.detach() - x0).square().mean(dim=(1, 2, 3))
+        loss = (error * _weight(sigma)).mean() / gap
+        return loss, {"gap": loss.new_tensor(gap), "psnr": (-10 * (apart / 4).clamp_min(1e-10).log10()).mean()}
 
 
 class CleanCrops:
@@ -106,12 +148,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of this run: log, checkpoint, weights")
     parser.add_argument("--minutes", type=float, default=60, help="training time (60); the schedule follows it")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--initial", type=Path, help="begin with the weights of this exported file")
+    parser.add_argument(
+        "--consistency", action="store_true", help="make a consistency model; begin with a trained prior"
+    )
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(1)  # half the speed of two threads, and the machine stays usable
     torch.manual_seed(chosen.seed)
-    module = models.create(SYSTEM, CONFIG)
+    module = read_export(chosen.initial) if chosen.initial else models.create(SYSTEM, CONFIG)
     settings = Settings(
         minutes=chosen.minutes,
         learning_rate=chosen.learning_rate,
@@ -132,6 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Denoising(),
         validation={"clean": held_out},
     )
+    if chosen.consistency:
+        trainer.objective = Consistency(lambda: trainer.share)
     trainer.resume()
     try:
         with stop_request() as should_stop:
@@ -144,7 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **progress.spent(),
         "psnr": {name: round(value, 2) for name, value in progress.scores.items()},
     }
-    export(trainer.average, chosen.out / NAME, SYSTEM, CONFIG, ("prior",), training)
+    name, tasks = (CONSISTENCY_NAME, ("prior", "consistency")) if chosen.consistency else (NAME, ("prior",))
+    export(trainer.average, chosen.out / name, SYSTEM, CONFIG, tasks, training)
     logger.info("%s", json.dumps(training))
     return 0
 

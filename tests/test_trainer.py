@@ -215,7 +215,7 @@ def test_the_enlarger_begins_as_an_interpolation_and_learns_from_shrunk_crops():
     assert cases["x2"][0].shape[-1] == 24 and trainer.validate(module, cases)["x2"] > 20
 
 
-@pytest.mark.parametrize("which", ["mpmf-weather", "acl-deblur"])
+@pytest.mark.parametrize("which", ["mpmf-weather", "acl-deblur", "nafnet-weather", "nafnet-deblur"])
 def test_the_other_starters_begin_near_the_picture_and_learn_all_their_layers(which):
     recipe = STARTERS[which]
     torch.manual_seed(0)
@@ -230,7 +230,10 @@ def test_the_other_starters_begin_near_the_picture_and_learn_all_their_layers(wh
     assert float(parts["pixel"]) < float(charbonnier(damaged, clean)) + 0.1
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
-    scores = trainer.validate(module.eval(), recipe.validation_set(pictures(2), 32), multiple=8)
+    scores = trainer.validate(
+        models.Restorer(models.registry.get(recipe.system), recipe.config, module.eval()),
+        recipe.validation_set(pictures(2), 32),
+    )
     assert set(scores) == set(data.VALIDATION)
 
 
@@ -242,3 +245,28 @@ def test_hazy_and_dark_crops_show_more_of_a_photograph():
         return max(float(crops.sample(32, generator, smallest).std()) for _ in range(40))
 
     assert spread(0.12) > 1.5 * spread(0.5)
+
+
+def test_two_exported_files_are_averaged_and_say_so(tmp_path):
+    files, shares = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], (0.75, 0.25)
+    for seed, file in enumerate(files):
+        torch.manual_seed(seed)
+        trainer.export(models.create("moce-ir", TINY), file, "moce-ir", TINY, ("denoise",), {"steps": seed, "psnr": {}})
+    mixed = tmp_path / "mixed.safetensors"
+    assert cli.main(["average", *map(str, files), str(mixed), "--share", "0.25"]) == 0
+    (first, _), (second, _), (found, metadata) = (trainer.read_weights(file) for file in (*files, mixed))
+    for name, value in found.items():
+        want = shares[0] * first[name].float() + shares[1] * second[name].float()
+        assert value.dtype == torch.float16 and torch.allclose(value.float(), want, atol=1e-3)
+    described = json.loads(metadata["mend.training"])
+    assert described["averaged"] == {"share": 0.25, "with": {"steps": 1, "psnr": {}}} and "psnr" not in described
+    assert models.load(mixed).tasks == ("denoise",)
+
+
+def test_files_of_different_networks_are_not_averaged(tmp_path):
+    for dim in (8, 16):
+        config = {**TINY, "dim": dim}
+        trainer.export(models.create("moce-ir", config), tmp_path / f"{dim}.safetensors", "moce-ir", config)
+    with pytest.raises(CheckpointError, match="another network"):
+        trainer.average_exports(tmp_path / "8.safetensors", tmp_path / "16.safetensors", 0.5, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

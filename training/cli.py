@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from .accelerate import accelerate
 from .data import PhotoCrops, load_photos
 from .starters import STARTERS
 from .stopping import stop_request
-from .trainer import Progress, Settings, Trainer, export, read_export
+from .trainer import Progress, Settings, Trainer, average_exports, export, read_export
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     snapshot.add_argument("file", type=Path, help="the .safetensors file to write")
     snapshot.set_defaults(run=_export)
 
+    average = commands.add_parser("average", help="write the weighted mean of two exported files of one network")
+    average.add_argument("first", type=Path)
+    average.add_argument("second", type=Path)
+    average.add_argument("file", type=Path, help="the .safetensors file to write")
+    average.add_argument("--share", type=float, default=0.5, help="of the second, 0..1 (0.5)")
+    average.set_defaults(run=_average)
+
 
 def _photos(arguments: argparse.Namespace) -> int:
     photos.prepare(arguments.unpacked, arguments.out)
@@ -84,7 +92,8 @@ def _starter(arguments: argparse.Namespace) -> int:
     if arguments.initial:
         module.load_state_dict(read_export(arguments.initial).state_dict())
     validation = recipe.validation_set(load_photos(arguments.photos / "validation"), settings.validation_size)
-    trainer = Trainer(accelerate(module), pairs, settings, arguments.out, recipe.objective, validation)
+    restorer = partial(models.Restorer, models.registry.get(recipe.system), config)
+    trainer = Trainer(accelerate(module), pairs, settings, arguments.out, recipe.objective, validation, restorer)
     provenance = {"which": arguments.which, "config": config, "photos": len(crops.photos), "seed": arguments.seed}
     (arguments.out / "run.json").write_text(json.dumps(provenance))
     trainer.resume()
@@ -102,6 +111,11 @@ def _export(arguments: argparse.Namespace) -> int:
     progress = Progress(**state["progress"])
     training = {**provenance, **progress.spent(), "psnr": progress.scores}
     export(module, arguments.file, recipe.system, config, recipe.restores, training)
+    return 0
+
+
+def _average(arguments: argparse.Namespace) -> int:
+    average_exports(arguments.first, arguments.second, arguments.share, arguments.file)
     return 0
 
 

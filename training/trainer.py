@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
 from .. import models
 from ..errors import Cancelled, CheckpointError, ConfigError
-from ..models.layers.padding import crop, pad_to_multiple
 from .data import VALIDATION, PairStream, central_squares
 from .degradations import degrade
 from .muon import MuonWithAdamW
@@ -123,20 +123,13 @@ def validation_set(
 
 @torch.inference_mode()
 def validate(
-    module: nn.Module, cases: Mapping[str, tuple[torch.Tensor, torch.Tensor]], multiple: int = 8
+    restore: Callable[[torch.Tensor], torch.Tensor], cases: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 ) -> dict[str, float]:
-    """Mean PSNR in dB of every case, images one by one."""
+    """Mean PSNR in dB of every case, images one by one. `restore`: a network for which their size is right, or a Restorer."""
     scores = {}
     for name, (damaged, clean) in cases.items():
-        values = []
-        for image, target in zip(damaged.split(1), clean.split(1), strict=True):
-            padded, size = pad_to_multiple(image, multiple)
-            scale = target.shape[-1] // size[1]
-            restored = module(padded)
-            if isinstance(restored, tuple):  # a network that also returns a coarse image
-                restored = restored[0]
-            values.append(psnr(crop(restored, size, scale).clamp(0, 1), target))
-        scores[name] = float(torch.cat(values).mean())
+        restored = torch.cat([restore(image) for image in damaged.split(1)])
+        scores[name] = float(psnr(restored.clamp(0, 1), clean).mean())
     return scores
 
 
@@ -153,7 +146,8 @@ class Trainer:
     """One run: `module` learns from `pairs` by `objective`; everything it needs to go on lies in `folder`.
 
     `folder` gets log.jsonl (a line every 20 steps and at each validation), last.pt (to go on from) and, when the run
-    ends or is cancelled, the averaged weights through `export`.
+    ends or is cancelled, the averaged weights through `export`. `restorer` makes of the averaged network what is validated,
+    where calling it is not enough.
     """
 
     def __init__(
@@ -164,6 +158,7 @@ class Trainer:
         folder: Path,
         objective: Objective | None = None,
         validation: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+        restorer: Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]] | None = None,
     ) -> None:
         if settings.channels_last:
             module = module.to(memory_format=torch.channels_last)
@@ -171,6 +166,7 @@ class Trainer:
         self.objective = objective or Restoration()
         self.validation = validation or {}
         self.average = deepcopy(module).eval().requires_grad_(False)
+        self.restore = restorer(self.average) if restorer else self.average
         self.optimizer = _optimizer(module, settings)
         self.generator = torch.Generator().manual_seed(settings.seed + 1)
         self.progress = Progress()
@@ -294,7 +290,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Scores of the averaged weights by name; none where there is nothing to validate with."""
-        return validate(self.average, self.validation)
+        return validate(self.restore, self.validation)
 
     def score(self) -> dict[str, float]:
         """Evaluates the averaged weights; keeps and logs the scores, if there are any."""
@@ -373,13 +369,34 @@ def export(
     save_file(state, path, metadata)
 
 
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of an exported file."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - not a dict
+
+
 def read_export(path: Path) -> nn.Module:
     """The network of an exported file, in float32, ready to use; for other files use `models.load`."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    state, metadata = read_weights(path)
     module = models.create(metadata["mend.architecture"], json.loads(metadata["mend.config"]))
     module.load_state_dict(state)
     return module.float().eval()
+
+
+def average_exports(first: Path, second: Path, share: float, path: Path) -> None:
+    """Writes (1 - share) x the weights of `first` + share x those of `second`, two exported files of one network.
+
+    What `first` says of itself stays, and that it was averaged is added. Raises CheckpointError if the networks differ.
+    """
+    (weights, metadata), (others, second_metadata) = (read_weights(file) for file in (first, second))
+    described = ("mend.architecture", "mend.config")
+    if [metadata.get(key) for key in described] != [second_metadata.get(key) for key in described]:
+        raise CheckpointError(f"{second}: another network than {first}; only files of one network can be averaged")
+    mixed = {
+        name: value.float().lerp(others[name].float(), share).to(value.dtype) if value.is_floating_point() else value
+        for name, value in weights.items()
+    }
+    training = json.loads(metadata.get("mend.training", "{}"))
+    training["averaged"] = {"share": share, "with": json.loads(second_metadata.get("mend.training", "{}"))}
+    training.pop("psnr", None)  # measured before
+    save_file(mixed, path, {**metadata, "mend.training": json.dumps(training)})

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from .. import models
 from ..errors import InputError
 from ..guidance import cm4ir, priors, rdmd, schedules
 from ..guidance.measurement import Measurement, draw, task
@@ -128,15 +129,23 @@ def network_prior(loaded: LoadedRestorer, kind: str = AUTOMATIC, label: int | No
     if restorer.architecture.kind != "prior":
         raise InputError(f"model: {restorer.architecture.title} is a {restorer.architecture.kind}, not a prior")
     if kind == AUTOMATIC:
-        kind = "consistency" if "consistency" in restorer.tasks else getattr(restorer.module, "form", "epsilon")
-        if restorer.config.get("wrapper") == "karras":
-            kind = "EDM" if "edm" in restorer.source.lower().replace("\\", "/").rsplit("/", 1)[-1] else "consistency"
+        kind = _kind(restorer)
     classes = getattr(restorer.module, "num_classes", None)
     if classes is not None and label is None:
         raise InputError(f"class_index: this prior was trained with {classes} classes; choose one in 0..{classes - 1}")
     if classes is not None and not 0 <= label < classes:
         raise InputError(f"class_index: {label} is outside 0..{classes - 1}")
     return NetworkPrior(loaded, kind, label if classes is not None else None, precision)
+
+
+def _kind(restorer: models.Restorer) -> str:
+    wrapper = restorer.config.get("wrapper")
+    if priors.predicts_noise(restorer.module, wrapper):
+        return "epsilon"
+    if said := [kind for kind in ("consistency", "EDM") if kind in restorer.tasks]:
+        return said[0]
+    name = restorer.source.lower().replace("\\", "/").rsplit("/", 1)[-1]
+    return "consistency" if wrapper == "karras" and "edm" not in name else "EDM"
 
 
 @dataclass(frozen=True, eq=False)

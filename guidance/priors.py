@@ -64,6 +64,14 @@ def _classes(
     return indices
 
 
+def predicts_noise(module: nn.Module, wrapper: str | None) -> bool:
+    """Whether a prior's network predicts noise at one of 1000 timesteps, as ADM's do; the others have EDM's scalings.
+
+    wrapper: what the file's configuration says of it; "karras" for OpenAI's EDM and consistency networks.
+    """
+    return wrapper != "karras" and getattr(module, "form", "epsilon") == "epsilon"
+
+
 def consistency_prior(module: nn.Module, label: torch.Tensor | int | None = None, *, boundary: bool = True) -> Prior:
     """A network of OpenAI's consistency-model release; boundary False for its EDM teachers."""
     scale = parametrisation.consistency_denoised if boundary else parametrisation.edm_denoised

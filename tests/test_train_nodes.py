@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from comfyui_mend import models
-from comfyui_mend.engine import folders, host, loaded, model_folder
+from comfyui_mend.engine import folders, host, loaded, model_folder, pictures, zero_shot
 from comfyui_mend.engine.comfyui import find_comfyui
 from comfyui_mend.errors import Cancelled, CheckpointError, ConfigError, InputError
 from comfyui_mend.nodes import datasets as dataset_nodes
@@ -279,12 +280,39 @@ def test_noise_has_numbers_of_its_own():
     assert ids["noise"] < 3 and ids["haze + noise"] < 3 and {ids["rain"], ids["haze"]} == {3, 4}
 
 
+PRIORS = {
+    "consistency network": (
+        "guided-diffusion-unet",
+        {
+            "unet": {"model_channels": 32, "num_res_blocks": 1, "channel_mult": (1,), "attention_resolutions": ()},
+            "wrapper": "karras",
+        },
+    ),
+    "Mend's own": ("noise-unet", {"channels": 3, "widths": [8, 8], "blocks": [1, 1], "embedding": 8}),
+}
+
+
 @pytest.mark.parametrize("consistency", [False, True])
-def test_priors_learn_to_denoise(tmp_path, consistency):
-    given = models.load(host.PACK / "weights" / "wiring-prior.safetensors")
+@pytest.mark.parametrize("which", PRIORS)
+def test_priors_learn_to_denoise_and_say_what_they_became(tmp_path, which, consistency):
+    system, config = PRIORS[which]
+    torch.manual_seed(0)
+    given = models.Restorer(models.registry.get(system), config, models.create(system, config), which)
     result = tuner(tmp_path, recipes.DenoisingObjective(consistency), given, steps=2).train()
-    assert models.load(tmp_path / finetune.WEIGHTS).architecture.kind == "prior"
+    trained = models.load(tmp_path / finetune.WEIGHTS)
+    assert trained.architecture.kind == "prior"
     assert any(not torch.equal(v, given.module.state_dict()[k]) for k, v in result.module.state_dict().items())
+    kind = "consistency" if consistency else "EDM"
+    assert zero_shot.network_prior(loaded.wrap(trained)).kind == kind
+
+
+def test_the_shipped_prior_is_trained_as_the_denoiser_that_it_is(tmp_path):
+    given = models.load(host.PACK / "weights" / "mend-prior-starter.safetensors")
+    method = recipes.DenoisingObjective().start(network(given), LABELS, 32)
+    photo = Image.open(host.PACK / "workflows" / "inputs" / "red_panda.jpg").crop((200, 100, 328, 228))
+    picture = pictures.from_pil(photo)[None]
+    error = (method.restore(network(given), picture).detach() - picture).square().mean()
+    assert float(error) < 0.1 * (method.settings.shown / 2) ** 2
 
 
 def test_objectives_refuse_networks_of_another_kind():

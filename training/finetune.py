@@ -350,7 +350,11 @@ class FineTuner(Trainer):
         config = dict(self.restorer.config)
         if hasattr(module, "with_complexity"):
             config["with_complexity"] = module.with_complexity
-        metadata = {**self.restorer.metadata, "training": json.dumps(self.provenance(), default=str)}
+        metadata = {
+            **self.restorer.metadata,
+            "tasks": ",".join(self.method.tasks(self.restorer.tasks)),
+            "training": json.dumps(self.provenance(), default=str),
+        }
         base = self.restorer.source.removesuffix(".safetensors")
         return Restorer(self.restorer.architecture, config, module, f"{base} fine-tuned", [], metadata)
 

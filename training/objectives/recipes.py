@@ -455,16 +455,20 @@ class DenoisingObjective(Objective):
             raise ConfigError(f"denoising: {network.architecture.title} is no prior")
         if self.levels < 2:
             raise ConfigError("denoising: a schedule needs at least 2 levels")
-        karras = network.config.get("wrapper") == "karras"
-        if self.consistency and not karras:
+        noise = priors.predicts_noise(network.module, network.config.get("wrapper"))
+        if self.consistency and noise:
             raise ConfigError("denoising: consistency needs a consistency or EDM network; this one predicts noise")
-        return _Denoising(self, karras)
+        return _Denoising(self, not noise)
 
 
 class _Denoising(Method):
     def __init__(self, settings: DenoisingObjective, karras: bool) -> None:
         super().__init__()
         self.settings, self.karras = settings, karras
+
+    def tasks(self, given: tuple[str, ...]) -> tuple[str, ...]:
+        kind = () if not self.karras else ("consistency",) if self.settings.consistency else ("EDM",)
+        return (*(task for task in given if task not in ("consistency", "EDM")), *kind)
 
     def _prior(self, module: nn.Module, label: torch.Tensor | None) -> priors.Prior:
         if not self.karras:

@@ -50,6 +50,8 @@ def cases(size: int) -> dict[str, tuple[operators.Operator, float]]:
         "Gaussian deblurring, noise 0.05": (operator_builders.blur("gaussian", 5, 10, 10, 0, "zero"), 0.05),
         "inpainting, half of the pixels": (operator_builders.inpainting(nothing, 0.5, seed=1), 0.0),
         "inpainting, text": (operator_builders.inpainting(text_mask(size)), 0.0),
+        "inpainting, half of the pixels, noise 0.05": (operator_builders.inpainting(nothing, 0.5, seed=1), 0.05),
+        "inpainting, text, noise 0.025": (operator_builders.inpainting(text_mask(size)), 0.025),
     }
 
 
@@ -114,7 +116,7 @@ def few_steps(prior: zero_shot.Prior, still: bool = False) -> Method:
         settings = replace(settings, eta=0.0, noise_sign=0.0)
 
         def body(session: zero_shot.Session) -> torch.Tensor:
-            x = cm4ir.start(seen.operator, seen.y, settings.zeta, seen.noise)
+            x = cm4ir.start(seen.operator, seen.y, settings.zeta, seen.noise, settings.fill)
             return zero_shot.run_cm4ir(session, seen, sigmas, x, 0, settings)
 
         return prior.run(zero_shot.picture_size(seen), body)

@@ -182,11 +182,13 @@ class Cm4ir:
     noise_sign: float = -1.0
     deltas: tuple[float, ...] = ()
     delta_in_scalings: bool = False
+    fill: str = "medians"
+    """How holes are filled before the start; of no concern to the steps."""
 
     @classmethod
     def of(cls, preset: cm4ir.Preset, eta: float = 0.1, mu: float = 1.0, noise_sign: float = -1.0) -> Cm4ir:
         """A published setting with what is left open by it."""
-        return cls(preset.zeta, eta, mu, noise_sign, preset.deltas, preset.delta_in_scalings)
+        return cls(preset.zeta, eta, mu, noise_sign, preset.deltas, preset.delta_in_scalings, preset.fill)
 
     def options(self, measurement: Measurement) -> dict[str, Any]:
         """Keyword arguments of `cm4ir.step` that hold for all steps."""
@@ -223,10 +225,12 @@ def levels(sigmas: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def cm4ir_start(session: Session, measurement: Measurement, sigma: float, seed: int, zeta: float) -> torch.Tensor:
-    """The state that CM4IR begins with: the pseudo-inverse of y with noise of level `sigma`."""
+def cm4ir_start(
+    session: Session, measurement: Measurement, sigma: float, seed: int, zeta: float, fill: str = "medians"
+) -> torch.Tensor:
+    """The state that CM4IR begins with: the pseudo-inverse of y, its holes filled, with noise of level `sigma`."""
     measurement = measurement.to(session.device)
-    x = session.encode(cm4ir.start(measurement.operator, measurement.y, zeta, measurement.noise))
+    x = session.encode(cm4ir.start(measurement.operator, measurement.y, zeta, measurement.noise, fill))
     return x + sigma * draw(x.shape, seed, 0, x.device)
 
 
@@ -385,7 +389,7 @@ def restore_cm4ir(
     sigmas = levels(sigmas)
 
     def body(session: Session) -> torch.Tensor:
-        x = cm4ir_start(session, measurement, float(sigmas[0]), seed, settings.zeta)
+        x = cm4ir_start(session, measurement, float(sigmas[0]), seed, settings.zeta, settings.fill)
         return as_picture(session, run_cm4ir(session, measurement, sigmas, x, seed, settings))
 
     return prior.run(picture_size(measurement), body)

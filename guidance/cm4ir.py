@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import InputError
-from .operators import Inpainting, Operator, median_fill
+from .operators import Inpainting, Operator, median_fill, smooth_fill
 from .priors import Prior
 
 
@@ -23,10 +23,16 @@ def damping(zeta: float, sigma_y: float) -> float:
     return zeta * (2 * sigma_y) ** 2
 
 
-def start(operator: Operator, y: torch.Tensor, zeta: float = 0.0, sigma_y: float = 0.0) -> torch.Tensor:
-    """x_start: the (damped) pseudo-inverse of y, with holes filled by medians for inpainting."""
+FILLS = {"medians": median_fill, "smooth": smooth_fill}
+
+
+def start(
+    operator: Operator, y: torch.Tensor, zeta: float = 0.0, sigma_y: float = 0.0, fill: str = "medians"
+) -> torch.Tensor:
+    """x_start: the (damped) pseudo-inverse of y; for inpainting with its holes filled, as published by medians."""
     x = operator.A_dagger(y, damping(zeta, sigma_y))
-    return median_fill(x, operator.mask[0, 0]) if isinstance(operator, Inpainting) and len(operator.mask) == 1 else x
+    holes = isinstance(operator, Inpainting) and len(operator.mask) == 1
+    return FILLS[fill](x, operator.mask[0, 0]) if holes else x
 
 
 def predict(
@@ -149,20 +155,25 @@ def sample(
 
 @dataclass(frozen=True)
 class Preset:
-    """A published setting: where the schedule starts, how fast it goes, how much the pseudo-inverse is damped."""
+    """A setting: where the schedule starts, how fast it goes, how much the pseudo-inverse is damped, how holes are filled."""
 
     start: int
     gamma: float
     zeta: float = 0.0
     deltas: tuple[float, ...] = ()
     delta_in_scalings: bool = False
+    fill: str = "medians"
 
 
 # For networks that predict the mean, such as Mend's starter prior: found on photographs that it was trained on.
 EDM_PRESETS: dict[str, dict[float, Preset]] = {
     "super-resolution (EDM)": {0.0: Preset(150, 0.07), 0.05: Preset(300, 0.35, 1)},
     "deblurring (EDM)": {0.02: Preset(75, 0.02, 8), 0.05: Preset(150, 0.08, 8)},
-    "inpainting (EDM)": {0.0: Preset(50, 0.01)},
+    "inpainting (EDM)": {
+        0.0: Preset(10, 0.01, fill="smooth"),
+        0.025: Preset(50, 0.01, fill="smooth"),
+        0.05: Preset(50, 0.01, fill="smooth"),
+    },
     "other (EDM)": {0.05: Preset(150, 0.08, 1)},
 }
 

@@ -550,3 +550,25 @@ def median_fill(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             filled[:, :, rows[part], columns[part]] = padded[:, :, r, c].flatten(3).nanmedian(dim=-1).values
         missing = filled[0, 0].isnan()
     return filled
+
+
+def _bending(x: torch.Tensor) -> torch.Tensor:
+    """Differences to the four neighbours, summed; none across the border. A symmetric map of [B, C, H, W]."""
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    around = padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1] + padded[..., 1:-1, :-2] + padded[..., 1:-1, 2:]
+    return around - 4 * x
+
+
+def smooth_fill(image: torch.Tensor, mask: torch.Tensor, iterations: int = 200) -> torch.Tensor:
+    """Fills the pixels where mask [H, W] is 0 by the surface of least bending (biharmonic) through the known ones.
+
+    image [B, C, H, W]. Conjugate gradients from what `median_fill` gives; large holes may stay short of the exact surface.
+    """
+    begun, free = median_fill(image, mask), 1 - mask.to(image)
+    if not bool(free.any()) or not bool(mask.any()):
+        return begun
+
+    def energy(x: torch.Tensor) -> torch.Tensor:
+        return free * _bending(_bending(x))
+
+    return begun + conjugate_gradients(lambda x: energy(x * free), -energy(begun), iterations, 1e-4) * free

@@ -69,8 +69,22 @@ class StartFromMeasurement(io.ComfyNode):
             node_id="MendStartFromMeasurement",
             display_name="Start From Measurement",
             category=STEPS,
-            description="CM4IR's first state: what the measurement says (pseudo-inverse, holes filled by medians) and noise.",
-            inputs=[prior_input(), measurement_input(), sigmas_input(), seed_input("Chooses the noise."), zeta_input()],
+            description="CM4IR's first state: what the measurement says (pseudo-inverse, holes filled) and noise.",
+            inputs=[
+                prior_input(),
+                measurement_input(),
+                sigmas_input(),
+                seed_input("Chooses the noise."),
+                zeta_input(),
+                io.Combo.Input(
+                    "fill",
+                    options=list(cm4ir.FILLS),
+                    default="medians",
+                    optional=True,
+                    tooltip="Holes before the first step. medians: as published. smooth: the surface of least bending, better "
+                    "with priors that predict means, such as Mend's.",
+                ),
+            ],
             outputs=[
                 state_output("x", "The noisy state, in the prior's own space."),
                 state_output("clean", "The same without noise, to start a SAMPLER from."),
@@ -79,12 +93,13 @@ class StartFromMeasurement(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, prior, measurement, sigmas, seed=0, zeta=0.0) -> io.NodeOutput:
+    def execute(cls, prior, measurement, sigmas, seed=0, zeta=0.0, fill="medians") -> io.NodeOutput:
         sigma = float(zero_shot.levels(sigmas)[0])
 
         def start(session):
-            clean = zero_shot.cm4ir_start(session, measurement, 0.0, seed, zeta)
-            noisy = zero_shot.cm4ir_start(session, measurement, sigma, seed, zeta)
+            clean, noisy = (
+                zero_shot.cm4ir_start(session, measurement, level, seed, zeta, fill) for level in (0.0, sigma)
+            )
             return (noisy, session.as_latent(clean)), clean
 
         return states_and_picture(prior, zero_shot.picture_size(measurement), start)

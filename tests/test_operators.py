@@ -105,6 +105,33 @@ def test_median_fill_keeps_what_is_known_and_fills_the_rest() -> None:
     assert torch.equal(ops.median_fill(image, torch.ones(20, 31)), image)
 
 
+def test_smooth_fill_bends_least_and_keeps_what_is_known() -> None:
+    y, x = torch.meshgrid(torch.linspace(0, 3, 24), torch.linspace(0, 3, 31), indexing="ij")
+    image = torch.stack([x.sin() * y.cos(), (x + y).sin(), torch.full_like(x, 0.3)]).expand(2, 3, 24, 31)
+    mask = (torch.rand(24, 31, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    seen = image * mask
+    filled, medians = ops.smooth_fill(seen, mask), ops.median_fill(seen, mask)
+    assert torch.equal(filled[:, :, mask > 0], image[:, :, mask > 0])
+    assert float((filled - image).square().mean()) < 0.05 * float((medians - image).square().mean())
+    padded = torch.nn.functional.pad(filled, (1,) * 4, mode="replicate")
+    around = sum(padded[..., 1 + i : 25 + i, 1 + j : 32 + j] for i, j in ((-1, 0), (1, 0), (0, -1), (0, 1)))
+    bending, free = around - 4 * filled, (mask == 0).nonzero()[::40]
+    for row, column in free:  # the energy has its minimum there: moving a free pixel either way makes it larger
+        for step in (-0.01, 0.01):
+            moved = torch.zeros(24, 31)
+            moved[row, column] = step
+            lifted = torch.nn.functional.pad(moved[None, None], (1,) * 4, mode="replicate")
+            change = sum(lifted[..., 1 + i : 25 + i, 1 + j : 32 + j] for i, j in ((-1, 0), (1, 0), (0, -1), (0, 1)))
+            assert float(((bending + change - 4 * moved) ** 2).sum()) > float((bending**2).sum())
+
+
+def test_smooth_fill_of_nothing_known_and_of_everything_known() -> None:
+    image = torch.rand(1, 3, 5, 7)
+    assert torch.equal(ops.smooth_fill(image, torch.ones(5, 7)), image)
+    assert torch.equal(ops.smooth_fill(image, torch.zeros(5, 7)), torch.zeros_like(image))
+    assert ops.smooth_fill(torch.rand(1, 1, 1, 1), torch.ones(1, 1)).isfinite().all()
+
+
 def test_a_motion_kernel_has_its_length_and_direction() -> None:
     flat, tilted = kernels.motion_2d(9, 0), kernels.motion_2d(9, 45)
     assert float(flat.sum()) == pytest.approx(1) and (flat.sum(dim=1) > 1e-6).sum() == 1

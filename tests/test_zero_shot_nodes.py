@@ -76,6 +76,19 @@ def test_cm4ir_steps_chain_into_exactly_the_restoration(consistency, small) -> N
     assert torch.equal(guidance.StateToImage.execute(consistency, x).result[0], whole)
 
 
+def test_with_the_starter_prior_holes_are_filled_smoothly_and_the_steps_still_chain() -> None:
+    prior = zero_shot.network_prior(loaded.load(model_folder.model_path("mend-prior-starter.safetensors")))
+    holes = measurement.measure(build.inpainting(torch.zeros(1, 24, 40), 0.5, 3), torch.rand(1, 3, 24, 40), 0.05, 3)
+    whole = guidance.ZeroShotRestore.execute(prior, holes, seed=5).result[0]
+    chosen = zero_shot.cm4ir_preset(zero_shot.AUTOMATIC, holes, prior)
+    assert chosen.fill == "smooth"
+    sigmas = guidance.Cm4irSigmas.execute(4, chosen.start, chosen.gamma).result[0]
+    x = guidance.StartFromMeasurement.execute(prior, holes, sigmas, 5, chosen.zeta, "smooth").result[0]
+    for k in range(4):
+        x, _, _, picture = guidance.Cm4irStep.execute(prior, holes, x, sigmas, k, 5, chosen.zeta).result
+    assert torch.equal(picture, whole)
+
+
 def test_predict_back_project_and_mix_chain_into_exactly_the_restoration(consistency, small) -> None:
     whole = guidance.ZeroShotRestore.execute(consistency, small, preset="by hand", seed=5).result[0]
     sigmas = guidance.Cm4irSigmas.execute(4, 250, 0.2).result[0]

@@ -186,7 +186,7 @@ def main(arguments: Sequence[str]) -> int:
     scores = compare(photos, args.size, methods(prior, args.iterations))
     usable = sum(min(p.shape[1:]) >= args.size for p in photos)
     lines = [
-        "# Zero-shot restoration with the starter prior",
+        f"# Zero-shot restoration with {Path(args.model).name}",
         "",
         f"{report.trained(args.model, prior.loaded.restorer)}, central {args.size} x {args.size} crops of {usable} "
         "photographs that were neither trained on nor tuned on. PSNR in dB / SSIM, mean over the photographs.",
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str]) -> int:
         f"RDMD: {args.iterations} iterations, tau 0.5.",
         "",
         machine.command(
-            f"zero-shot --photos PHOTOS/validation --size {args.size} --iterations {args.iterations} --precision {args.precision}"
+            f"zero-shot --photos PHOTOS/validation --model {Path(args.model).name} --size {args.size} --iterations {args.iterations} --precision {args.precision}"
         ),
         "",
         *table(scores),

@@ -147,6 +147,7 @@ class ZeroShotRestore(io.ComfyNode):
                         min=0.0,
                         max=10.0,
                         step=0.01,
+                        round=0.0001,
                         tooltip="CM4IR by hand: how fast the noise falls.",
                     )
                 ),

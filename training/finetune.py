@@ -352,7 +352,7 @@ class FineTuner(Trainer):
             config["with_complexity"] = module.with_complexity
         metadata = {
             **self.restorer.metadata,
-            "tasks": ",".join(self.method.tasks(self.restorer.tasks)),
+            "tasks": ",".join(self.method.good_for(self.restorer.tasks)),
             "training": json.dumps(self.provenance(), default=str),
         }
         base = self.restorer.source.removesuffix(".safetensors")

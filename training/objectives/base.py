@@ -131,7 +131,7 @@ class Method(nn.Module):
         """How validation runs the network on damaged pictures [B, 3, h, w]."""
         return network.restore(image)
 
-    def tasks(self, given: tuple[str, ...]) -> tuple[str, ...]:
+    def good_for(self, given: tuple[str, ...]) -> tuple[str, ...]:
         """What the trained file says it is for; `given`: what the file that training began with says."""
         return given
 

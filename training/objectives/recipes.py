@@ -466,7 +466,7 @@ class _Denoising(Method):
         super().__init__()
         self.settings, self.karras = settings, karras
 
-    def tasks(self, given: tuple[str, ...]) -> tuple[str, ...]:
+    def good_for(self, given: tuple[str, ...]) -> tuple[str, ...]:
         kind = () if not self.karras else ("consistency",) if self.settings.consistency else ("EDM",)
         return (*(task for task in given if task not in ("consistency", "EDM")), *kind)
 

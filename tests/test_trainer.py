@@ -258,8 +258,9 @@ def test_two_exported_files_are_averaged_and_say_so(tmp_path):
     for name, value in found.items():
         want = shares[0] * first[name].float() + shares[1] * second[name].float()
         assert value.dtype == torch.float16 and torch.allclose(value.float(), want, atol=1e-3)
-    described = json.loads(metadata["mend.training"])
-    assert described["averaged"] == {"share": 0.25, "with": {"steps": 1, "psnr": {}}} and "psnr" not in described
+    assert json.loads(metadata["mend.training"]) == {
+        "averaged": [{"share": share, "steps": seed, "psnr": {}} for seed, share in enumerate(shares)]
+    }
     assert models.load(mixed).tasks == ("denoise",)
 
 

@@ -386,7 +386,7 @@ def read_export(path: Path) -> nn.Module:
 def average_exports(first: Path, second: Path, share: float, path: Path) -> None:
     """Writes (1 - share) x the weights of `first` + share x those of `second`, two exported files of one network.
 
-    What `first` says of itself stays, and that it was averaged is added. Raises CheckpointError if the networks differ.
+    It says how each was trained, and its share. Raises CheckpointError if the networks differ.
     """
     (weights, metadata), (others, second_metadata) = (read_weights(file) for file in (first, second))
     described = ("mend.architecture", "mend.config")
@@ -396,7 +396,6 @@ def average_exports(first: Path, second: Path, share: float, path: Path) -> None
         name: value.float().lerp(others[name].float(), share).to(value.dtype) if value.is_floating_point() else value
         for name, value in weights.items()
     }
-    training = json.loads(metadata.get("mend.training", "{}"))
-    training["averaged"] = {"share": share, "with": json.loads(second_metadata.get("mend.training", "{}"))}
-    training.pop("psnr", None)  # measured before
+    said = [json.loads(each.get("mend.training", "{}")) for each in (metadata, second_metadata)]
+    training = {"averaged": [{"share": part, **one} for part, one in zip((1 - share, share), said, strict=True)]}
     save_file(mixed, path, {**metadata, "mend.training": json.dumps(training)})

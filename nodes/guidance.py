@@ -14,6 +14,7 @@ from .zero_shot_inputs import (
     CATEGORY,
     STEPS,
     eta_input,
+    gamma_input,
     measurement_input,
     mu_input,
     noise_sign_input,
@@ -140,17 +141,7 @@ class ZeroShotRestore(io.ComfyNode):
                         tooltip="CM4IR by hand: where to start, 0 hardly any noise, 998 nothing but noise.",
                     )
                 ),
-                advanced(
-                    io.Float.Input(
-                        "gamma",
-                        default=0.2,
-                        min=0.0,
-                        max=10.0,
-                        step=0.01,
-                        round=0.0001,
-                        tooltip="CM4IR by hand: how fast the noise falls.",
-                    )
-                ),
+                advanced(gamma_input("CM4IR by hand: how fast the noise falls.")),
                 advanced(zeta_input()),
                 advanced(eta_input()),
                 advanced(mu_input()),

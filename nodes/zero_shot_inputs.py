@@ -84,6 +84,10 @@ def state_input(name: str, tooltip: str) -> io.Input:
     return io.Latent.Input(name, tooltip=tooltip)
 
 
+def gamma_input(tooltip: str) -> io.Input:
+    return io.Float.Input("gamma", default=0.2, min=0.0, max=10.0, step=0.01, round=0.0001, tooltip=tooltip)
+
+
 def zeta_input() -> io.Input:
     return io.Float.Input(
         "zeta",

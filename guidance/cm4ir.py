@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import InputError
-from .operators import Inpainting, Operator, median_fill, smooth_fill
+from .fills import median_fill, smooth_fill
+from .operators import Inpainting, Operator
 from .priors import Prior
 
 

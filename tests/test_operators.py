@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comfyui_mend.errors import InputError
-from comfyui_mend.guidance import kernels
+from comfyui_mend.guidance import fills, kernels
 from comfyui_mend.guidance import operators as ops
 
 SKEWED = torch.rand(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -99,10 +99,10 @@ def test_nothing_is_divided_by_zero_where_the_operator_is_blind() -> None:
 
 def test_median_fill_keeps_what_is_known_and_fills_the_rest() -> None:
     image, mask = torch.rand(2, 3, 20, 31), (torch.rand(20, 31) > 0.9).float()
-    filled = ops.median_fill(image, mask)
+    filled = fills.median_fill(image, mask)
     assert filled.isfinite().all() and torch.equal(filled[:, :, mask > 0], image[:, :, mask > 0])
-    assert torch.equal(ops.median_fill(image, torch.zeros(20, 31)), torch.zeros_like(image))
-    assert torch.equal(ops.median_fill(image, torch.ones(20, 31)), image)
+    assert torch.equal(fills.median_fill(image, torch.zeros(20, 31)), torch.zeros_like(image))
+    assert torch.equal(fills.median_fill(image, torch.ones(20, 31)), image)
 
 
 def test_smooth_fill_bends_least_and_keeps_what_is_known() -> None:
@@ -110,7 +110,7 @@ def test_smooth_fill_bends_least_and_keeps_what_is_known() -> None:
     image = torch.stack([x.sin() * y.cos(), (x + y).sin(), torch.full_like(x, 0.3)]).expand(2, 3, 24, 31)
     mask = (torch.rand(24, 31, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     seen = image * mask
-    filled, medians = ops.smooth_fill(seen, mask), ops.median_fill(seen, mask)
+    filled, medians = fills.smooth_fill(seen, mask), fills.median_fill(seen, mask)
     assert torch.equal(filled[:, :, mask > 0], image[:, :, mask > 0])
     assert float((filled - image).square().mean()) < 0.05 * float((medians - image).square().mean())
     padded = torch.nn.functional.pad(filled, (1,) * 4, mode="replicate")
@@ -127,9 +127,9 @@ def test_smooth_fill_bends_least_and_keeps_what_is_known() -> None:
 
 def test_smooth_fill_of_nothing_known_and_of_everything_known() -> None:
     image = torch.rand(1, 3, 5, 7)
-    assert torch.equal(ops.smooth_fill(image, torch.ones(5, 7)), image)
-    assert torch.equal(ops.smooth_fill(image, torch.zeros(5, 7)), torch.zeros_like(image))
-    assert ops.smooth_fill(torch.rand(1, 1, 1, 1), torch.ones(1, 1)).isfinite().all()
+    assert torch.equal(fills.smooth_fill(image, torch.ones(5, 7)), image)
+    assert torch.equal(fills.smooth_fill(image, torch.zeros(5, 7)), torch.zeros_like(image))
+    assert fills.smooth_fill(torch.rand(1, 1, 1, 1), torch.ones(1, 1)).isfinite().all()
 
 
 def test_a_motion_kernel_has_its_length_and_direction() -> None:

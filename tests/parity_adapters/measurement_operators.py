@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from comfyui_mend.guidance import kernels, operators
+from comfyui_mend.guidance import fills, kernels, operators
 
 
 def _operator(case):
@@ -112,7 +112,7 @@ def run(case):
     if kind == "cv2-bicubic-up":
         return {"up": F.interpolate(inputs["x"], scale_factor=case.config["factor"], mode="bicubic")}
     if kind == "median-inpainting":
-        return {"filled": operators.median_fill(inputs["image"], inputs["mask"])}
+        return {"filled": fills.median_fill(inputs["image"], inputs["mask"])}
     operator, x = _operator(case), inputs["x"]
     results = {"Ax": _flat_measurement(case, operator, operator.A(x))}
     if "y" not in inputs:

@@ -32,6 +32,11 @@ def edm_denoised(x: torch.Tensor, sigma: torch.Tensor, output: torch.Tensor) -> 
     return x * SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2) + output * s * SIGMA_DATA * edm_c_in(sigma)
 
 
+def edm_weight(sigma: torch.Tensor) -> torch.Tensor:
+    """1 / c_out^2 of sigma: with it the squared errors of x0 at all noise levels weigh alike (EDM, table 1)."""
+    return 1 / sigma**2 + 1 / SIGMA_DATA**2
+
+
 def consistency_denoised(
     x: torch.Tensor, sigma: torch.Tensor, output: torch.Tensor, sigma_min: float = SIGMA_MIN
 ) -> torch.Tensor:

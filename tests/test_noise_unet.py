@@ -120,14 +120,14 @@ class Untouched(torch.nn.Module):
         super().__init__()
         self.scale, self.calls = torch.nn.Parameter(torch.zeros(())), 0
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
         self.calls += 1
         return x * self.scale
 
 
 def test_at_the_smallest_noise_level_a_consistency_model_returns_its_input() -> None:
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    found = training.consistent(awake(SMALL), x, torch.tensor([training.SIGMA_MIN] * 2))
+    found = training.denoise(awake(SMALL), x, torch.tensor([training.SIGMA_MIN] * 2), boundary=True)
     assert torch.equal(found, x)
 
 
@@ -160,7 +160,7 @@ def test_consistency_tuning_learns_from_the_higher_noise_level_alone() -> None:
             super().__init__()
             self.numbers, self.calls = torch.nn.Parameter(torch.zeros(2)), 0
 
-        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
             self.calls += 1
             return x * 0 + self.numbers[self.calls - 1]
 

@@ -24,7 +24,8 @@ from torch import nn
 
 from .. import models
 from ..errors import Cancelled
-from ..guidance.parametrisation import SIGMA_MIN, consistency_denoised, edm_c_in, edm_denoised, edm_time
+from ..guidance import priors
+from ..guidance.parametrisation import SIGMA_MIN, edm_weight
 from .data import PhotoCrops, central_squares, load_photos
 from .stopping import stop_request
 from .trainer import Settings, Stage, Trainer, export, psnr, read_export
@@ -57,19 +58,10 @@ def draw_sigmas(count: int, generator: torch.Generator) -> torch.Tensor:
     return torch.where(torch.rand(count, generator=generator) < 0.9, usual.clamp(low, high), anywhere).exp()
 
 
-def denoise(module: nn.Module, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """x0 of x = x0 + sigma n, [B, C, H, W] in -1..1, by a network with EDM's scalings around it."""
-    return edm_denoised(x, sigma, module(x * edm_c_in(sigma), edm_time(sigma)).float())
-
-
-def consistent(module: nn.Module, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """As `denoise`, with the boundary condition of consistency models: at the smallest noise level x itself."""
-    return consistency_denoised(x, sigma, module(x * edm_c_in(sigma), edm_time(sigma)).float())
-
-
-def _weight(sigma: torch.Tensor) -> torch.Tensor:
-    """1 / c_out^2: with it the errors of all noise levels weigh alike (Karras et al. 2022, table 1)."""
-    return (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+def denoise(module: nn.Module, x: torch.Tensor, sigma: torch.Tensor, *, boundary: bool = False) -> torch.Tensor:
+    """x0 of x = x0 + sigma n, [B, C, H, W] in -1..1, not clamped. boundary: as a consistency model, whose x0 at the smallest
+    noise level is x itself."""
+    return priors.consistency_prior(module, boundary=boundary).unclamped()(x, sigma)
 
 
 class Denoising:
@@ -82,7 +74,9 @@ class Denoising:
         sigma = draw_sigmas(len(x0), generator)
         x = x0 + sigma.reshape(-1, 1, 1, 1) * torch.randn(x0.shape, generator=generator)
         error = (denoise(module, x, sigma) - x0).square().mean(dim=(1, 2, 3))
-        return (error * _weight(sigma)).mean(), {"psnr": (-10 * (error.detach() / 4).clamp_min(1e-10).log10()).mean()}
+        return (error * edm_weight(sigma)).mean(), {
+            "psnr": (-10 * (error.detach() / 4).clamp_min(1e-10).log10()).mean()
+        }
 
 
 @dataclass(frozen=True)
@@ -106,11 +100,11 @@ class Consistency:
         lower = (sigma * (1 - gap)).clamp_min(SIGMA_MIN)
         noise = torch.randn(x0.shape, generator=generator)
         with torch.no_grad():
-            goal = consistent(module, x0 + lower.reshape(-1, 1, 1, 1) * noise, lower)
-        found = consistent(module, x0 + sigma.reshape(-1, 1, 1, 1) * noise, sigma)
+            goal = denoise(module, x0 + lower.reshape(-1, 1, 1, 1) * noise, lower, boundary=True)
+        found = denoise(module, x0 + sigma.reshape(-1, 1, 1, 1) * noise, sigma, boundary=True)
         error = (found - goal).square().mean(dim=(1, 2, 3))
         apart = (found.detach() - x0).square().mean(dim=(1, 2, 3))
-        loss = (error * _weight(sigma)).mean() / gap
+        loss = (error * edm_weight(sigma)).mean() / gap
         return loss, {"gap": loss.new_tensor(gap), "psnr": (-10 * (apart / 4).clamp_min(1e-10).log10()).mean()}
 
 

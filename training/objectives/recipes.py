@@ -13,7 +13,7 @@ from torch import nn
 
 from ...errors import ConfigError, InputError
 from ...guidance import priors, schedules
-from ...guidance.parametrisation import SIGMA_DATA
+from ...guidance.parametrisation import edm_weight
 from ...models.da_rcot import Potential
 from ...models.dcpt_classifier import DegradationClassifier
 from ...models.layers.padding import crop, pad_to_multiple
@@ -494,7 +494,7 @@ class _Denoising(Method):
             level = sigma.reshape(-1, 1, 1, 1)
             error = (prior(clean + level * noise, sigma) - clean).square()
             # In units of the noise for ADM (the epsilon loss), EDM's weight for the others.
-            weight = (1 / level**2 + 1 / SIGMA_DATA**2) if self.karras else 1 / level**2
+            weight = edm_weight(level) if self.karras else 1 / level**2
             loss = (weight * error).mean()
             return loss, {"denoising": loss}
         steps = karras_levels(self.settings.levels).to(clean.device)

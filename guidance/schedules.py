@@ -30,6 +30,12 @@ def nearest_timestep(sigma: torch.Tensor) -> torch.Tensor:
     return (vp_sigmas().to(sigma.device)[None] - sigma.double()[:, None]).abs().argmin(dim=1)
 
 
+def karras_levels(count: int, low: float = 0.002, high: float = 80.0, rho: float = 7.0) -> torch.Tensor:
+    """`count` noise levels from low to high, as EDM and consistency models space them (Karras et al. 2022, eq. 5)."""
+    steps = torch.linspace(0, 1, count, dtype=torch.float64)
+    return ((low ** (1 / rho) + steps * (high ** (1 / rho) - low ** (1 / rho))) ** rho).float()
+
+
 def cm4ir_alphas(steps: int = 4, start: int = 250, gamma: float = 0.7) -> torch.Tensor:
     """CM4IR's alphas, float64 [steps]: alpha_0 at time start + 1, then growing by 1 + gamma up to 0.9999."""
     if steps < 1 or not 0 <= start <= TIMESTEPS - 2:

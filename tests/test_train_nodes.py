@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from comfyui_mend import models
-from comfyui_mend.engine import folders, host, loaded, model_folder, pictures, zero_shot
+from comfyui_mend.engine import folders, host, loaded, model_folder
 from comfyui_mend.engine.comfyui import find_comfyui
 from comfyui_mend.errors import Cancelled, CheckpointError, ConfigError, InputError
 from comfyui_mend.nodes import datasets as dataset_nodes
@@ -22,50 +21,11 @@ from comfyui_mend.nodes import objectives as objective_nodes
 from comfyui_mend.nodes import train as train_nodes
 from comfyui_mend.training import cli_finetune, datasets, finetune
 from comfyui_mend.training.objectives import recipes
-from comfyui_mend.training.objectives.base import Batch, Network, Pass, Weighted
+from comfyui_mend.training.objectives.base import Weighted
 
 from .comfyui_page import find_python
 from .conftest import SMALL
-
-NAFNET = {"width": 4, "enc_blk_nums": (1, 1), "middle_blk_num": 1, "dec_blk_nums": (1, 1)}
-RCOT = {"dim": 4, "num_blocks": (1, 1, 1, 1), "num_refinement_blocks": 1, "heads": (1, 1, 1, 1)}
-MOCE = {"dim": 8, "num_blocks": (1, 1), "num_dec_blocks": (1,), "heads": (1, 2), "num_refinement_blocks": 0}
-LABELS = ("noise", "rain", "haze")
-
-
-def restorer(system: str = "dcpt", config: dict | None = None) -> models.Restorer:
-    """A tiny network with seeded weights."""
-    config = config or NAFNET
-    torch.manual_seed(0)
-    architecture = models.registry.find(system, config)
-    module = architecture.build(config).eval().requires_grad_(False)
-    return models.Restorer(architecture, dict(config), module, "tiny.safetensors")
-
-
-def source(labels: tuple[str, ...] = LABELS) -> datasets.Dataset:
-    coarse = torch.rand(3, 3, 5, 5, generator=torch.Generator().manual_seed(1))
-    photos = torch.nn.functional.interpolate(coarse, (48, 48), mode="bicubic").clamp(0, 1)
-    return datasets.images(photos, tasks=datasets.tasks_from_text("\n".join(labels)))
-
-
-def tuner(folder: Path, objective=None, given: models.Restorer | None = None, steps=4, **more) -> finetune.FineTuner:
-    own = {k: more.pop(k) for k in ("validate_steps", "keep") if k in more}
-    settings = finetune.settings(steps, size=32, batch=3, learning_rate=1e-3, validation_size=32, **more)
-    made = finetune.trainable_copy(given or restorer())
-    return finetune.FineTuner(
-        made, source(), objective or recipes.PixelObjective(), settings, folder, held_out=1, **own
-    )
-
-
-def network(given: models.Restorer) -> Network:
-    return Network(given.architecture, given.config, finetune.trainable_copy(given).module)
-
-
-def batch(count: int = 3, size: int = 32) -> Batch:
-    generator = torch.Generator().manual_seed(2)
-    clean = torch.rand(count, 3, size, size, generator=generator)
-    damaged = (clean + 0.1 * torch.randn(clean.shape, generator=generator)).clamp(0, 1)
-    return Batch(damaged, clean, LABELS[:count])
+from .training_cases import LABELS, MOCE, NAFNET, RCOT, network, restorer, tuner
 
 
 @pytest.fixture
@@ -147,185 +107,6 @@ def test_runs_get_folders_of_their_own(tmp_path):
     assert finetune.run_folder(tmp_path, "x", True).name == "x_00003"
     assert finetune.run_folder(tmp_path, "x", False).name == "x_00004"
     assert finetune.run_folder(tmp_path, "y", True).name == "y_00001"
-
-
-# Objectives -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_sum_of_objectives_runs_the_network_once():
-    net = network(restorer())
-    calls = []
-    net.module.register_forward_hook(lambda *_: calls.append(1))
-    both = Weighted(((recipes.PixelObjective("L1", 0.0), 2.0), (recipes.PixelObjective("squared", 0.0), 3.0)))
-    method = both.start(net, LABELS, 32)
-    run = Pass(net, batch(), torch.Generator())
-    loss, _ = method.loss(run)
-    difference = run.restored - run.batch.clean
-    assert len(calls) == 1
-    assert torch.allclose(loss, 2 * difference.abs().mean() + 3 * difference.square().mean())
-
-
-def test_routing_is_for_routed_networks_and_knows_complexity():
-    with pytest.raises(ConfigError, match="MoCE-IR"):
-        recipes.RoutingObjective().start(network(restorer()), LABELS, 32)
-    losses = []
-    for complexity in (False, True):
-        net = network(restorer("moce-ir", SMALL))
-        method = recipes.RoutingObjective(complexity).start(net, LABELS, 32)
-        losses.append(float(method.loss(Pass(net, batch(), torch.Generator().manual_seed(0)))[0].detach()))
-    assert losses[0] != losses[1]
-
-
-def test_any_network_gets_an_uncertainty_head_that_is_not_part_of_the_result(tmp_path):
-    one = tuner(tmp_path, recipes.UncertaintyObjective())
-    head = [p.clone() for p in one.method.head.parameters()]
-    result = one.train()
-    assert any(not torch.equal(a, b) for a, b in zip(head, one.method.head.parameters(), strict=True))
-    assert set(result.module.state_dict()) == set(restorer().module.state_dict())
-
-
-def test_a_network_with_its_own_uncertainty_head_uses_that():
-    case = json.loads((Path(__file__).parent / "data/parity/tur-uformer-small/case.json").read_text())
-    given = restorer("tur", case["config"])
-    net, size = network(given), finetune.crop_size(given, 32)
-    method = recipes.UncertaintyObjective().start(net, LABELS, size)
-    assert method.head is None and net.own_uncertainty
-    loss, parts = method.loss(Pass(net, batch(3, size), torch.Generator()))
-    loss.backward()
-    assert next(p for n, p in net.module.named_parameters() if "var_conv" in n).grad.abs().sum() > 0
-    assert parts["uncertainty"] > 0
-
-
-def test_published_task_lists_take_our_names_and_refuse_others():
-    start = recipes.UncertaintyObjective("7task").start
-    net = network(restorer())
-    method = start(net, ("low-light", "motion-blur", "noise"), 32)
-    assert [method.tasks[n] for n in ("low-light", "motion-blur", "noise")] == ["dark", "blur", "noise"]
-    assert recipes.UncertaintyObjective("3task").start(net, ("noise", "rain"), 32).criterion.accumulate
-    assert not recipes.UncertaintyObjective("3task", False).start(net, ("rain",), 32).criterion.accumulate
-    with pytest.raises(InputError, match="snow"):
-        start(net, ("snow",), 32)
-
-
-@pytest.mark.parametrize("system, config", [("dcpt", NAFNET), ("moce-ir", SMALL), ("da-rcot", RCOT)])
-def test_classification_reads_decoders_and_teaches_the_network(system, config):
-    net = network(restorer(system, config))
-    method = recipes.ClassificationObjective(blocks=1).start(net, LABELS, 32)
-    dims = [b[0].conv1.in_channels for b in method.net_dc.bottleneck_layers]
-    loss, parts = method.loss(Pass(net, batch(), torch.Generator().manual_seed(0)))
-    loss.backward()
-    first = next(p for n, p in net.module.named_parameters() if n.startswith(("intro", "patch_embed")))
-    assert len(dims) >= 2 and first.grad.abs().sum() > 0 and 0 <= parts["right"] <= 1
-
-
-def test_only_the_classifier_learns_where_asked(tmp_path):
-    one = tuner(tmp_path, recipes.ClassificationObjective("classifier", blocks=1), steps=2)
-    before = {k: v.clone() for k, v in one.module.state_dict().items()}
-    classes = one.method.net_dc.fc.weight.clone()
-    one.train()
-    # Weight decay alone does not move parameters that have no gradient.
-    assert all(torch.equal(v, one.module.state_dict()[k]) for k, v in before.items())
-    assert not torch.equal(classes, one.method.net_dc.fc.weight)
-
-
-def test_stages_that_do_not_halve_or_exist_are_named():
-    net = network(restorer("moce-ir", SMALL))
-    with pytest.raises(ConfigError, match="half"):
-        recipes.ClassificationObjective(stages="dec.*.2, refinement").start(net, LABELS, 32)
-    with pytest.raises(ConfigError, match="nowhere"):
-        recipes.ClassificationObjective(stages="nowhere").start(net, LABELS, 32)
-    with pytest.raises(InputError, match="two"):
-        recipes.ClassificationObjective().start(net, ("noise",), 32)
-
-
-def test_transport_without_pairs_never_looks_at_the_twin():
-    net = network(restorer("da-rcot", RCOT))
-    method = recipes.TransportObjective(paired=False, width=4).start(net, LABELS, 32)
-    assert method.wants_other
-    one = batch()
-    other = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(9))
-    losses = []
-    for clean in (one.clean, torch.zeros_like(one.clean)):
-        torch.manual_seed(1)
-        fresh = recipes.TransportObjective(paired=False, width=4).start(net, LABELS, 32)
-        run = Pass(net, Batch(one.damaged, clean, one.labels, other), torch.Generator().manual_seed(0))
-        fresh.prepare(run)
-        losses.append(float(fresh.loss(run)[0].detach()))
-    assert losses[0] == losses[1]
-
-
-def test_transport_teaches_potential_and_network_apart():
-    net = network(restorer("da-rcot", RCOT))
-    method = recipes.TransportObjective(width=4, critic_rate=1e-3).start(net, LABELS, 32)
-    run = Pass(net, batch(), torch.Generator().manual_seed(0))
-    before = [p.clone() for p in method.critic.parameters()]
-    parts = method.prepare(run)
-    after = [p.clone() for p in method.critic.parameters()]
-    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) and parts["penalty"] > 0
-    assert all(p.grad is None for p in net.module.parameters())
-    loss, parts = method.loss(run)
-    loss.backward()
-    assert "contrastive" in parts and "L1" in parts
-    assert all(torch.equal(a, b) for a, b in zip(after, method.critic.parameters(), strict=True))
-    assert net.module.output.weight.grad.abs().sum() > 0 and method.groups() == []
-
-
-def test_transport_needs_crops_that_the_potential_takes():
-    with pytest.raises(ConfigError, match="32"):
-        recipes.TransportObjective().start(network(restorer()), LABELS, 40)
-
-
-def test_noise_has_numbers_of_its_own():
-    ids = recipes.degradation_ids(("rain", "noise", "haze + noise", "haze"))
-    assert ids["noise"] < 3 and ids["haze + noise"] < 3 and {ids["rain"], ids["haze"]} == {3, 4}
-
-
-PRIORS = {
-    "consistency network": (
-        "guided-diffusion-unet",
-        {
-            "unet": {"model_channels": 32, "num_res_blocks": 1, "channel_mult": (1,), "attention_resolutions": ()},
-            "wrapper": "karras",
-        },
-    ),
-    "Mend's own": ("noise-unet", {"channels": 3, "widths": [8, 8], "blocks": [1, 1], "embedding": 8}),
-}
-
-
-@pytest.mark.parametrize("consistency", [False, True])
-@pytest.mark.parametrize("which", PRIORS)
-def test_priors_learn_to_denoise_and_say_what_they_became(tmp_path, which, consistency):
-    system, config = PRIORS[which]
-    torch.manual_seed(0)
-    given = models.Restorer(models.registry.get(system), config, models.create(system, config), which)
-    result = tuner(tmp_path, recipes.DenoisingObjective(consistency), given, steps=2).train()
-    trained = models.load(tmp_path / finetune.WEIGHTS)
-    assert trained.architecture.kind == "prior"
-    assert any(not torch.equal(v, given.module.state_dict()[k]) for k, v in result.module.state_dict().items())
-    kind = "consistency" if consistency else "EDM"
-    assert zero_shot.network_prior(loaded.wrap(trained)).kind == kind
-
-
-def test_the_shipped_prior_is_trained_as_the_denoiser_that_it_is(tmp_path):
-    given = models.load(host.PACK / "weights" / "mend-prior-starter.safetensors")
-    method = recipes.DenoisingObjective().start(network(given), LABELS, 32)
-    photo = Image.open(host.PACK / "workflows" / "inputs" / "red_panda.jpg").crop((200, 100, 328, 228))
-    picture = pictures.from_pil(photo)[None]
-    error = (method.restore(network(given), picture).detach() - picture).square().mean()
-    assert float(error) < 0.1 * (method.settings.shown / 2) ** 2
-
-
-def test_objectives_refuse_networks_of_another_kind():
-    with pytest.raises(ConfigError, match="codec"):
-        recipes.RateDistortionObjective().start(network(restorer()), LABELS, 32)
-    with pytest.raises(ConfigError, match="prior"):
-        recipes.DenoisingObjective().start(network(restorer()), LABELS, 32)
-
-
-def test_every_objective_describes_itself_as_json():
-    for made in recipes.OBJECTIVES.values():
-        assert json.loads(json.dumps(made().describe()))["kind"] == made.kind
-    assert isinstance(recipes.default_objective(restorer("moce-ir", SMALL).module), Weighted)
 
 
 # On the graph ---------------------------------------------------------------------------------------------------------

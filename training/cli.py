@@ -19,6 +19,7 @@ from .data import PhotoCrops, load_photos
 from .starters import STARTERS
 from .stopping import stop_request
 from .trainer import Progress, Settings, Trainer, average_exports, export, read_export
+from .warm_start import begin_with
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     starter.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
     starter.add_argument("--float32", action="store_true", help="do not multiply in bfloat16")
     starter.add_argument("--seed", type=int, default=0)
-    starter.add_argument("--initial", type=Path, help="weights to begin with: a file that `mend train export` wrote")
+    starter.add_argument("--initial", type=Path, help="weights to begin with: an exported file, of fewer blocks too")
     starter.add_argument("--config", type=json.loads, help="another configuration of the network, as JSON")
     starter.set_defaults(run=_starter)
 
@@ -90,7 +91,7 @@ def _starter(arguments: argparse.Namespace) -> int:
         with torch.no_grad():
             recipe.initialise(module)
     if arguments.initial:
-        module.load_state_dict(read_export(arguments.initial).state_dict())
+        begin_with(module, read_export(arguments.initial).state_dict(), recipe.closing)
     validation = recipe.validation_set(load_photos(arguments.photos / "validation"), settings.validation_size)
     restorer = partial(models.Restorer, models.registry.get(recipe.system), config)
     trainer = Trainer(accelerate(module), pairs, settings, arguments.out, recipe.objective, validation, restorer)

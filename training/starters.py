@@ -61,6 +61,7 @@ class Starter:
     tasks: tuple[Task, ...] = ()
     scale: int = 1
     initialise: Callable[[nn.Module], None] | None = None
+    closing: str | None = None  # the last layers of a residual block, where the network may be deepened between runs
     stages: tuple[Stage, ...] | None = None
 
     def pairs(self, crops: PhotoCrops, generator: torch.Generator) -> PairStream | SuperResolutionStream:
@@ -90,10 +91,10 @@ STARTERS: Mapping[str, Starter] = {
         system="moce-ir",
         config={
             "dim": 24,
-            "num_blocks": [1, 1, 2, 3],
+            "num_blocks": [2, 2, 2, 3],
             "num_dec_blocks": [1, 1, 1],
             "heads": [1, 2, 4, 8],
-            "num_refinement_blocks": 1,
+            "num_refinement_blocks": 3,
             "ffn_expansion_factor": 2,
             "LayerNorm_type": "WithBias",
             "num_experts": 4,
@@ -105,6 +106,7 @@ STARTERS: Mapping[str, Starter] = {
         objective=BLIND,
         tasks=STARTER_TASKS,
         initialise=_near_identity("output"),
+        closing="project_out",
         stages=(Stage(0.0, 64, 12), Stage(0.25, 96, 6), Stage(0.65, 128, 4), Stage(0.9, 192, 2)),
     ),
     "mpmf-weather": Starter(

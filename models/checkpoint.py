@@ -299,7 +299,8 @@ def configuration(
     except (*_NONSENSE, ConfigError) as error:
         raise CheckpointError(f"looks like {architecture.title}, but its shapes make no sense ({error})") from None
     try:
-        stored = json.loads(metadata.get("config", "{}"))
+        # "acl_config" and the like: what others may write beside their weights.
+        stored = json.loads(metadata.get("config") or metadata.get(f"{architecture.id.replace('-', '_')}_config", "{}"))
     except (ValueError, RecursionError):
         stored = {}
     for key in architecture.metadata_keys if isinstance(stored, dict) else ():
@@ -307,7 +308,8 @@ def configuration(
             if not _is_setting(stored[key]):
                 raise CheckpointError(f"its metadata gives {key!r} the absurd value {str(stored[key])[:60]!r}")
             found[key] = stored[key]
-    return found | dict(overrides)
+    nested = {key: {**found[key], **value} for key, value in overrides.items() if isinstance(found.get(key), dict)}
+    return found | dict(overrides) | nested
 
 
 def _is_setting(value: Any, depth: int = 3) -> bool:

@@ -7,6 +7,7 @@ keys are the released checkpoints'.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -160,6 +161,7 @@ class GuidedDiffusionUNet(nn.Module):
         num_classes: int | None = None,
         dropout: float = 0.0,
         num_heads: int = 4,
+        num_heads_upsample: int = -1,
         num_head_channels: int = 64,
         use_scale_shift_norm: bool = True,
         resblock_updown: bool = True,
@@ -177,8 +179,8 @@ class GuidedDiffusionUNet(nn.Module):
         def block(channels: int, out: int, resample: str = "") -> ResBlock:
             return ResBlock(channels, embedding, out, dropout, use_scale_shift_norm, resample)
 
-        def attention(channels: int) -> AttentionBlock:
-            heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+        def attention(channels: int, number: int = num_heads) -> AttentionBlock:
+            heads = number if num_head_channels == -1 else channels // num_head_channels
             return AttentionBlock(channels, max(1, heads), convolution, heads_outermost)
 
         self.time_embed = nn.Sequential(
@@ -209,7 +211,7 @@ class GuidedDiffusionUNet(nn.Module):
                 layers = [block(channels + skips.pop(), out)]
                 channels = out
                 if 2**level in attention_resolutions:
-                    layers.append(attention(channels))
+                    layers.append(attention(channels, num_heads if num_heads_upsample == -1 else num_heads_upsample))
                 if level and index == num_res_blocks:
                     layers.append(block(channels, channels, "up") if resblock_updown else Upsample(channels))
                 self.output_blocks.append(Stage(*layers))
@@ -281,11 +283,14 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 
 _SIGNATURE = ("input_blocks.0.0.weight", "time_embed.0.weight", "middle_block.1.qkv.weight", "out.2.weight")
 # Training or evaluation switches of the published constructors that do not change the network.
-_IGNORED = {"image_size", "use_checkpoint", "use_fp16", "num_heads_upsample", "use_new_attention_order"}
+_IGNORED = {"image_size", "use_checkpoint", "use_fp16", "use_new_attention_order", "wrapper"}
 
 
 def _build(config: Mapping[str, Any]) -> GuidedDiffusionUNet:
-    settings = dict(config.get("unet", config))
+    settings = dict(config)
+    if "unet" in config:  # beside it stand the sampler's settings, and a user's for the network, which come first
+        known = {*inspect.signature(GuidedDiffusionUNet).parameters, *_IGNORED}
+        settings = {**config["unet"], **{key: value for key, value in config.items() if key in known}}
     consistency = config.get("wrapper") == "karras"
     heads_outermost = not consistency and not settings.get("use_new_attention_order", False)
 

@@ -285,7 +285,7 @@ _COMMON = {
     "paper": "Li et al., MaIR: A Locality- and Continuity-Preserving Mamba for Image Restoration, CVPR 2025, "
     "arXiv 2412.20066",
     "licence": "code and weights: none stated, ask the authors",
-    "metadata_keys": ("scan_len",),
+    "metadata_keys": ("scan_len", "img_range"),
     "global_statistics": "every path runs through the whole picture and the gate averages over it; a tile sees only "
     "itself (the published results are tiled ones, see the official tiling)",
 }

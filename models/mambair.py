@@ -278,6 +278,7 @@ ARCHITECTURES = [
         matches_config=lambda config: "depths" in config or "embed_dim" in config,
         tasks=("super-resolution", "denoise", "jpeg"),
         variants=FLAT_VARIANTS,
+        metadata_keys=("img_range",),
         signature=_FLAT_SIGNATURE,
         scale=lambda config: config["upscale"] if config["upsampler"] else 1,
         bytes_per_pixel=lambda config: (50 * config["mlp_ratio"] + 10) * config["embed_dim"],

@@ -463,6 +463,7 @@ ARCHITECTURES = [
         build=_build,
         tasks=("super-resolution", "denoise", "jpeg"),
         variants=VARIANTS,
+        metadata_keys=("img_range",),
         signature=_SIGNATURE,
         computed_buffers=(r"^relative_position_index_SA$",),
         scale=lambda config: config["upscale"] if config["upsampler"] else 1,

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, ConfigError, InputError
 from .layers.attention import GatedFeedForward, TransposedAttention, transposed_attention
 from .layers.layout import fastest_layout
 from .layers.norm import NormBody
-from .layers.state_dict import count_indices
+from .layers.state_dict import count_indices, expansion_factor
 from .registry import Architecture, State, construct
 
 
@@ -100,14 +100,14 @@ class TransformerBlock(nn.Module):
 class CrossChannelAttention(nn.Module):
     """Channel attention with queries from one feature map and keys and values from another, both [B, C, H, W]."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, bias: bool) -> None:
         super().__init__()
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        self.q = nn.Conv2d(dim, dim, 1, bias=False)
-        self.q_dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
-        self.kv = nn.Conv2d(dim, dim * 2, 1, bias=False)
-        self.kv_dwconv = nn.Conv2d(dim * 2, dim * 2, 7, padding=3, groups=dim * 2, bias=False)
-        self.project_out = nn.Conv2d(dim, dim, 1, bias=False)
+        self.q = nn.Conv2d(dim, dim, 1, bias=bias)
+        self.q_dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=bias)
+        self.kv = nn.Conv2d(dim, dim * 2, 1, bias=bias)
+        self.kv_dwconv = nn.Conv2d(dim * 2, dim * 2, 7, padding=3, groups=dim * 2, bias=bias)
+        self.project_out = nn.Conv2d(dim, dim, 1, bias=bias)
 
     def forward(self, x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
         query = self.q_dwconv(self.q(x))
@@ -222,14 +222,22 @@ class DecoderBlock(nn.Module):
     """Shared channel attention and routed experts, fused by cross attention (section 3.1), then feed-forward."""
 
     def __init__(
-        self, dim: int, heads: int, expansion: float, norm_bias: bool, freq_dim: int, ranks: list[int], scale: str
+        self,
+        dim: int,
+        heads: int,
+        expansion: float,
+        norm_bias: bool,
+        bias: bool,
+        freq_dim: int,
+        ranks: list[int],
+        scale: str,
     ) -> None:
         super().__init__()
         self.norms = nn.ModuleList([NormBody(dim, norm_bias), NormBody(dim, norm_bias)])
         self.proj = nn.ModuleList([nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 1)])
-        self.shared = TransposedAttention(dim, heads, bias=False)
-        self.mixer = CrossChannelAttention(dim, heads)
-        self.ffn = GatedFeedForward(dim, expansion, bias=False)
+        self.shared = TransposedAttention(dim, heads, bias)
+        self.mixer = CrossChannelAttention(dim, heads, bias)
+        self.ffn = GatedFeedForward(dim, expansion, bias)
         self.adapter = Adapter(dim, freq_dim, ranks, scale)
 
     def forward(self, x: torch.Tensor, decide: _Decision) -> torch.Tensor:
@@ -380,7 +388,7 @@ class MoCEIR(nn.Module):
             ranks = [expert_rank(e, width[level], num_experts, rank_type, rank) for e in range(num_experts)]
             return Blocks(
                 [
-                    DecoderBlock(width[level], heads[level], factor, norm_bias, freq_dim, ranks, complexity_scale)
+                    DecoderBlock(width[level], heads[level], factor, norm_bias, bias, freq_dim, ranks, complexity_scale)
                     for _ in range(num_dec_blocks[level])
                 ]
             )
@@ -533,8 +541,8 @@ def _config_from_state_dict(state: State) -> dict[str, Any]:
     deepest = dim * 2 ** (stages - 1)
     ranks = [state[f"{first}.adapter.experts.{e}.0.proj.0.weight"].shape[0] for e in range(experts)]
     rank_type, rank = _rank_rule(ranks, deepest)
-    hidden = state["latent.layers.0.ffn.project_out.weight"].shape[1]
-    width = dim * 2**stages
+    runs = [f"enc.{i}.0" for i in range(stages)] + ["latent"]
+    feed_forwards = [tuple(state[f"{run}.layers.0.ffn.project_out.weight"].shape[:2]) for run in runs]
     return {
         "dim": dim,
         "num_blocks": tuple(count_indices(state, f"enc.{i}.0.layers.") for i in range(stages))
@@ -543,16 +551,23 @@ def _config_from_state_dict(state: State) -> dict[str, Any]:
         "heads": tuple(state[f"enc.{i}.0.layers.0.mixer.temperature"].shape[0] for i in range(stages))
         + (state["latent.layers.0.mixer.temperature"].shape[0],),
         "num_refinement_blocks": count_indices(state, "refinement.layers."),
-        "ffn_expansion_factor": hidden // width if hidden % width == 0 else hidden / width,
+        "ffn_expansion_factor": expansion_factor(feed_forwards),
         "LayerNorm_type": "WithBias" if "latent.layers.0.norms.0.body.bias" in state else "BiasFree",
         "bias": "output.bias" in state,
         "num_experts": experts,
         "rank_type": rank_type,
         "rank": rank,
         "topk": 1,
+        "complexity_scale": _complexity_scale(state.get(f"{first}.adapter.routing.complexity")),
         "inp_channels": inp_channels,
         "out_channels": state["output.weight"].shape[0],
     }
+
+
+def _complexity_scale(complexity: torch.Tensor | None) -> str:
+    """What the experts' parameter counts were divided by; "max" where they are all alike or not at hand."""
+    known = complexity is not None and not complexity.is_meta and 0 < complexity.numel() <= 1024
+    return "min" if known and float(complexity.float().max()) > 1 else "max"
 
 
 def _rank_rule(ranks: list[int], dim: int) -> tuple[str, int]:

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError, InputError
 from .layers.padding import crop
-from .layers.state_dict import count_indices
+from .layers.state_dict import count_indices, expansion_factor
 from .mpmf_fusion import MultiDimensionFusion, RescaleNorm
 from .registry import Architecture, State, construct
 
@@ -112,6 +112,15 @@ class TransformerBlock(nn.Module):
         self.attn = ConvolutionalAttention(dim, heads, window, shift)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
+    def initialise(self, gain: float) -> None:
+        """As published: weights of the convolutions shrink with the depth of the network, but for queries and keys."""
+        for name, module in (*self.attn.named_modules(), *self.mlp.named_modules()):
+            if isinstance(module, nn.Conv2d):
+                outputs, inputs, *kernel = module.weight.shape
+                std = math.sqrt(2 / ((inputs + outputs) * math.prod(kernel)))
+                nn.init.trunc_normal_(module.weight, std=std if name.endswith("QK") else gain * std)
+                nn.init.zeros_(module.bias)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.norm1 is None:
             x = x + self.attn(x)
@@ -121,12 +130,25 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(x)
 
 
+def _first_attending(depth: int, attention_ratio: float) -> int:
+    """The first of `depth` blocks that has attention."""
+    return math.ceil(depth - attention_ratio * depth)
+
+
+def _attention_ratio(depth: int, attending: int) -> float:
+    """The ratio that gives attention to the last `attending` blocks."""
+    exact = attending / max(depth, 1)
+    if depth - _first_attending(depth, exact) == attending:
+        return exact
+    return expansion_factor([(depth, attending)])  # the product of the exact one rounds down
+
+
 class Layer(nn.Module):
     """`depth` blocks, the last `attention_ratio` of them with attention, every second one shifted."""
 
     def __init__(self, dim: int, depth: int, heads: int, mlp_ratio: float, attention_ratio: float, window: int) -> None:
         super().__init__()
-        first = depth - attention_ratio * depth
+        first = _first_attending(depth, attention_ratio)
         self.blocks = nn.Sequential(
             *(
                 TransformerBlock(dim, heads if i >= first else 0, mlp_ratio, window, window // 2 * (i % 2))
@@ -319,6 +341,10 @@ class MPMFNet(nn.Module):
         self.layer5_reduce_channel = nn.Conv2d(fifth * 2, fifth, 1)
         self.refinement = layer(4, depths[5])
         self.patch_unembed = PatchUnembed(fifth, out_chans, 3, 1)
+        gain = (8 * sum(depths)) ** -0.25
+        for block in self.modules():
+            if isinstance(block, TransformerBlock):
+                block.initialise(gain)
 
     def coarse(self, x: torch.Tensor) -> torch.Tensor:
         """The coarse clean image [B, 3, H/4, W/4] of [B, 3, H, W]: what the main network is shown beside the input."""
@@ -379,7 +405,8 @@ def _config_from_state_dict(state: State) -> dict[str, Any]:
     depths = [count_indices(state, f"{name}.blocks.") for name in _STAGES]
     heads, ratios, window = [], [], 8
     for stage, depth in zip(_STAGES, depths, strict=True):
-        ratios.append(sum(f"{stage}.blocks.{i}.attn.QK.weight" in state for i in range(depth)) / max(depth, 1))
+        attending = sum(f"{stage}.blocks.{i}.attn.QK.weight" in state for i in range(depth))
+        ratios.append(_attention_ratio(depth, attending))
         last = f"{stage}.blocks.{depth - 1}.attn.attn"
         heads.append(state[f"{last}.meta.2.weight"].shape[0] if f"{last}.meta.2.weight" in state else 1)
         if f"{last}.relative_positions" in state:
@@ -389,15 +416,18 @@ def _config_from_state_dict(state: State) -> dict[str, Any]:
         "out_chans": state["patch_unembed.proj.0.weight"].shape[0],
         "window_size": window,
         "embed_dims": dims,
-        "mlp_ratios": tuple(
-            state[f"{stage}.blocks.0.mlp.mlp.0.weight"].shape[0] / width
-            for stage, width in zip(_STAGES, dims, strict=True)
-        ),
+        "mlp_ratios": tuple(expansion_factor(_hidden_widths(state, stage)) for stage in _STAGES),
         "depths": (*depths[:2], *(n + 1 for n in depths[2:]), count_indices(state, "refinement.blocks.")),
         "num_heads": tuple(heads),
         "attn_ratio": tuple(ratios),
         "conv_type": ("DWConv",) * 5,
     }
+
+
+def _hidden_widths(state: State, stage: str) -> list[tuple[int, int]]:
+    """Width and hidden width of the feed-forward layers of a stage; its last block is twice as wide in some."""
+    names = [f"{run}.blocks.0.mlp.mlp.0.weight" for run in (stage, f"{stage}_mixer", f"{stage}_last")]
+    return [(state[name].shape[1], state[name].shape[0]) for name in names if name in state]
 
 
 def _restore(

@@ -161,9 +161,12 @@ def get(architecture_id: str) -> Architecture:
 
 
 def find(system: str, config: Config) -> Architecture:
-    """The architecture of `system` that takes `config`."""
-    candidates = [a for a in architectures() if a.system == system or a.id == system]
+    """The architecture of `system` that takes `config`; or the one with the id `system`, where no system is called so."""
+    candidates = [a for a in architectures() if a.system == system]
     if not candidates:
+        named = next((a for a in architectures() if a.id == system), None)
+        if named is not None:
+            return named
         known = ", ".join(sorted({a.system for a in architectures()}))
         raise ConfigError(f"no system called {system!r}; known: {known}")
     for architecture in candidates:

@@ -227,7 +227,8 @@ _PIPELINE_SIGNATURE = (f"net.{_SIGNATURE[0]}", f"{_IMAGE}adapter.0.weight", f"{_
 
 
 def _build_net(config: Mapping[str, Any]) -> VLUNet:
-    return construct(VLUNet, "VLU-Net", config, without=("kind",))
+    # Settings of the published class that change nothing in it.
+    return construct(VLUNet, "VLU-Net", config, without=("kind", "bias", "LayerNorm_type", "decoder"))
 
 
 def _build_pipeline(config: Mapping[str, Any]) -> VLUNetPipeline:

@@ -26,6 +26,7 @@ def _create(**changes) -> torch.nn.Module:
         {**SMALL, "head_dim": 32},
         {**SMALL, "head_dim": 32, "lepe": False, "mlp_ratio": 2.0, "blocks": (1, 2, 3)},
         {**SMALL, "head_dim": 32, "lem_ratio": 1.5, "dilations": (1, 2)},
+        {**SMALL, "head_dim": 32, "channels": 12, "lem_ratio": 1.3, "mlp_ratio": 1.7},
     ],
 )
 def test_every_setting_is_read_back_from_the_shapes(config: dict) -> None:
@@ -39,13 +40,14 @@ def test_every_setting_is_read_back_from_the_shapes(config: dict) -> None:
     assert {k: read[k] for k in config} == dict(config)
 
 
-def test_what_shapes_do_not_say_comes_from_the_metadata(tmp_path) -> None:
+@pytest.mark.parametrize("key", ["mend.config", "acl_config"])
+def test_what_shapes_do_not_say_comes_from_the_metadata(key: str, tmp_path) -> None:
     module = _create(dilations=(1, 3, 5), rope=False)
     for parameter in module.parameters():
         parameter.copy_(torch.randn_like(parameter) * 0.2)
     config = {**SMALL, "dilations": (1, 3, 5), "rope": False}
     file, x = tmp_path / "acl.safetensors", torch.rand(1, 3, 16, 20)
-    save_file(module.state_dict(), str(file), {"mend.architecture": "acl", "mend.config": json.dumps(config)})
+    save_file(module.state_dict(), str(file), {key: json.dumps(config)})
     torch.testing.assert_close(models.load(file)(x), module(x))
 
 

@@ -310,3 +310,10 @@ def test_pretraining_reaches_both_networks_and_the_frozen_mode_only_one():
     torch.testing.assert_close(direct.pixel, (pair.net_g(degraded) - clean).abs().mean())
     with pytest.raises(ConfigError):
         dcpt_step(pair.net_g, pair.net_dc, degraded, clean, label, mode="both")
+
+
+def test_a_networks_own_id_takes_settings_that_its_system_could_not_tell_apart():
+    config = {"dim": 48, "num_blocks": (1, 1, 1, 1), "num_refinement_blocks": 1, "heads": (1, 2, 4, 8)}
+    with torch.device("meta"):
+        assert type(models.create("dcpt-restormer", config)).__name__ == "Restormer"
+        assert type(models.create("dcpt", config)).__name__ == "PromptIR"

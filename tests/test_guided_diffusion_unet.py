@@ -75,3 +75,20 @@ def test_a_perfect_edm_network_returns_the_clean_picture() -> None:
     skip = 0.25 / (sigma**2 + 0.25)
     target = (clean - skip * x) / (sigma * 0.5 * parametrisation.edm_c_in(sigma))
     assert torch.allclose(parametrisation.edm_denoised(x, sigma, target), clean, atol=1e-5)
+
+
+def _attention(module: torch.nn.Module) -> list[tuple[int, bool]]:
+    return [(m.heads, m.heads_outermost) for m in module.modules() if hasattr(m, "heads_outermost")]
+
+
+def test_heads_and_the_order_of_attention_can_be_set_beside_what_the_file_says() -> None:
+    chosen = {"num_head_channels": 16, "use_new_attention_order": True}
+    state = models.create("guided-diffusion-unet", {**SMALL, **chosen}).state_dict()
+    assert set(_attention(models.load(state).module)) == {(1, True)}
+    for overrides in (chosen, {"unet": chosen}):
+        assert set(_attention(models.load(state, config=overrides).module)) == {(4, False)}
+
+
+def test_the_way_up_may_have_heads_of_its_own() -> None:
+    config = {**SMALL, "num_head_channels": -1, "num_heads": 2, "num_heads_upsample": 4}
+    assert [heads for heads, _ in _attention(models.create("guided-diffusion-unet", config))] == [2, 2, 4, 4]

@@ -28,6 +28,14 @@ CONFIGS = {
         "inp_channels": 1,
         "out_channels": 1,
     },
+    "widths that no whole factor gives": {
+        "dim": 46,
+        "num_blocks": (1, 1),
+        "num_dec_blocks": (1,),
+        "heads": (1, 2),
+        "num_refinement_blocks": 1,
+        "ffn_expansion_factor": 2.2,
+    },
 }
 
 
@@ -42,6 +50,13 @@ def test_every_hyper_parameter_is_found_in_the_shapes(name: str) -> None:
     with torch.device("meta"):
         again = models.create("moce-ir", found).state_dict()
     assert {k: v.shape for k, v in again.items()} == {k: v.shape for k, v in state.items()}
+
+
+@pytest.mark.parametrize("scale", ["min", "max"])
+def test_the_scale_of_the_complexities_is_read_from_the_file(scale: str) -> None:
+    config = {**CONFIGS["widths that no whole factor gives"], "complexity_scale": scale}
+    found = ARCHITECTURE.config_from_state_dict(models.create("moce-ir", config).state_dict())
+    assert found["complexity_scale"] == scale
 
 
 def test_the_released_sizes_have_the_published_number_of_parameters() -> None:

@@ -23,7 +23,15 @@ def network() -> MPMFNet:
     return models.create("mpmf-net", SMALL).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("config", [mpmf_net.VARIANTS["weather"], SMALL])
+FRACTIONS = {
+    **SMALL,
+    "mlp_ratios": (2.0, 2.0, 2.0, 2.4, 2.4),
+    "depths": (22, 1, 2, 1, 2, 1),
+    "attn_ratio": (0.7, 1.0, 1.0, 0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("config", [mpmf_net.VARIANTS["weather"], SMALL, FRACTIONS])
 def test_every_setting_is_read_back_from_the_shapes(config: dict) -> None:
     architecture = models.registry.get("mpmf-net")
     with torch.device("meta"):
@@ -33,6 +41,16 @@ def test_every_setting_is_read_back_from_the_shapes(config: dict) -> None:
         again = models.create("mpmf-net", read).state_dict()
     assert {k: v.shape for k, v in again.items()} == {k: v.shape for k, v in state.items()}
     assert {k: read[k] for k in config} == dict(config)
+
+
+def test_weights_begin_smaller_in_a_deeper_network_as_published() -> None:
+    torch.manual_seed(0)
+    block = models.create("mpmf-net", SMALL).layer3.blocks[-1]
+    gain = (8 * sum(SMALL["depths"])) ** -0.25
+    for weight, share in ((block.mlp.mlp[0].weight, gain), (block.attn.QK.weight, 1.0)):
+        std = share * (2 / sum(weight.shape[:2])) ** 0.5
+        assert 0.85 * std < float(weight.detach().std()) < 1.15 * std
+    assert not block.mlp.mlp[0].bias.any()
 
 
 def test_the_released_network_has_its_published_size() -> None:

@@ -32,8 +32,12 @@ def start(
 ) -> torch.Tensor:
     """x_start: the (damped) pseudo-inverse of y; for inpainting with its holes filled, as published by medians."""
     x = operator.A_dagger(y, damping(zeta, sigma_y))
-    holes = isinstance(operator, Inpainting) and len(operator.mask) == 1
-    return FILLS[fill](x, operator.mask[0, 0]) if holes else x
+    if not isinstance(operator, Inpainting):
+        return x
+    masks = operator.mask.expand(len(x), -1, -1, -1)
+    if len(operator.mask) == 1:
+        return FILLS[fill](x, masks[0, 0])
+    return torch.cat([FILLS[fill](one[None], mask[0]) for one, mask in zip(x, masks, strict=True)])
 
 
 def predict(

@@ -25,13 +25,11 @@ THRESHOLD = 0.03
 class Operator:
     """A linear map from images to measurements.
 
-    A subclass gives `A` and `A_adjoint`, and `gram_inverse` where it has a closed form; the rest follows. Without a closed
-    form conjugate gradients are used.
+    A subclass gives `A`, `A_adjoint` and `gram_inverse`; the rest follows. Those without a closed form of the last are
+    `Iterative`.
     """
 
     name = "operator"
-    iterations = 60
-    """Of conjugate gradients, where there is no closed form."""
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, C, H, W] -> measurement [B, C', h, w]. Raises InputError for a size it cannot take."""
@@ -43,7 +41,7 @@ class Operator:
 
     def gram_inverse(self, y: torch.Tensor, eta: float) -> torch.Tensor:
         """(A A^T + eta I)^-1 y."""
-        return conjugate_gradients(lambda v: self.A(self.A_adjoint(v)) + eta * v, y, self.iterations)
+        raise NotImplementedError
 
     def A_dagger(self, y: torch.Tensor, eta: float = 0.0) -> torch.Tensor:
         """A^T (A A^T + eta I)^-1 y; eta 0: the pseudo-inverse, what A cannot see stays 0."""
@@ -74,6 +72,57 @@ class Operator:
         return height, width
 
 
+def _dot(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Inner product of every two images, [B, 1, 1, 1]."""
+    return (p.double() * q.double()).sum(dim=tuple(range(1, p.ndim)), keepdim=True)
+
+
+def _ratio(top: torch.Tensor, bottom: torch.Tensor) -> torch.Tensor:
+    """top / bottom, 0 where there is nothing left to divide."""
+    return torch.where(bottom > 0, top / bottom.clamp_min(1e-300), 0.0)
+
+
+class Iterative(Operator):
+    """An operator whose inverses have no closed form: by conjugate gradients, each image of the batch by itself."""
+
+    iterations = 400
+    """At most; they end sooner when the residual has fallen to a millionth."""
+
+    def gram_inverse(self, y: torch.Tensor, eta: float) -> torch.Tensor:
+        return conjugate_gradients(lambda v: self.A(self.A_adjoint(v)) + eta * v, y, self.iterations)
+
+    def A_dagger(self, y: torch.Tensor, eta: float = 0.0) -> torch.Tensor:
+        """As in closed form also for a `y` that no picture gives, and where A A^T is singular."""
+        return least_squares(self, y, eta, self.iterations)
+
+
+def least_squares(
+    operator: Operator, y: torch.Tensor, eta: float, iterations: int, tolerance: float = 1e-6
+) -> torch.Tensor:
+    """argmin_x |A x - y|^2 + eta |x|^2, the smallest such x: conjugate gradients on the normal equations (CGLS).
+
+    Björck, Numerical Methods for Least Squares Problems, 1996, algorithm 7.4.1. Ends when A^T (y - A x) - eta x is below
+    `tolerance` times A^T y.
+    """
+    unseen = y.clone()
+    gradient = operator.A_adjoint(unseen)
+    x, direction = torch.zeros_like(gradient), gradient.clone()
+    energy = _dot(gradient, gradient)
+    target = energy * tolerance**2
+    for _ in range(iterations):
+        if bool((energy <= target).all()):
+            break
+        image = operator.A(direction)
+        step = _ratio(energy, _dot(image, image) + eta * _dot(direction, direction))
+        x = x + (step * direction).to(y.dtype)
+        unseen = unseen - (step * image).to(y.dtype)
+        gradient = operator.A_adjoint(unseen) - eta * x
+        new_energy = _dot(gradient, gradient)
+        direction = gradient + (_ratio(new_energy, energy) * direction).to(y.dtype)
+        energy = new_energy
+    return x
+
+
 def conjugate_gradients(
     apply: Callable[[torch.Tensor], torch.Tensor], b: torch.Tensor, iterations: int, tolerance: float = 1e-6
 ) -> torch.Tensor:
@@ -81,24 +130,17 @@ def conjugate_gradients(
     v = torch.zeros_like(b)
     residual = b.clone()
     direction = residual.clone()
-
-    def dot(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        return (p.double() * q.double()).sum(dim=tuple(range(1, p.ndim)), keepdim=True)
-
-    energy = dot(residual, residual)
+    energy = _dot(residual, residual)
     target = energy * tolerance**2
     for _ in range(iterations):
         if bool((energy <= target).all()):
             break
         image = apply(direction)
-        curvature = dot(direction, image)
-        step = torch.where(curvature > 0, energy / curvature.clamp_min(1e-300), 0.0)
+        step = _ratio(energy, _dot(direction, image))
         v = v + (step * direction).to(b.dtype)
         residual = residual - (step * image).to(b.dtype)
-        new_energy = dot(residual, residual)
-        direction = residual + (torch.where(energy > 0, new_energy / energy.clamp_min(1e-300), 0.0) * direction).to(
-            b.dtype
-        )
+        new_energy = _dot(residual, residual)
+        direction = residual + (_ratio(new_energy, energy) * direction).to(b.dtype)
         energy = new_energy
     return v
 
@@ -317,7 +359,7 @@ def separable_blur(
 
 
 @dataclass(eq=False)
-class Resize(Operator):
+class Resize(Iterative):
     """MATLAB's imresize by `scale` < 1 (bicubic, antialiased, symmetric borders), any size; exact adjoint."""
 
     scale: float
@@ -354,13 +396,15 @@ class Resize(Operator):
 class CircularBlur(Operator):
     """Convolution with a kernel [k_h, k_w] and circular borders, then every `factor`-th pixel of both axes.
 
-    The kernel's centre is (k - 1) // 2, or k // 2 with `centre_after` (they differ for even kernels). Exact adjoint (the
-    published one is off by a pixel for even kernels).
+    The kernel's centre is (k - 1) // 2, or k // 2 with `centre_after` (they differ for even kernels). Exact adjoint;
+    `published_adjoint`: the flipped kernel, centred as the kernel is, which is off by a pixel for even kernels; only to
+    reproduce published numbers.
     """
 
     kernel: torch.Tensor
     factor: int = 1
     centre_after: bool = False
+    published_adjoint: bool = False
     name = "circular blur"
     _cache: dict[tuple[int, int, torch.device], torch.Tensor] = field(default_factory=dict, repr=False)
 
@@ -391,7 +435,11 @@ class CircularBlur(Operator):
         if self.factor > 1:
             spread = y.new_zeros(*y.shape[:-2], *self.input_size(*y.shape[-2:]))
             spread[..., :: self.factor, :: self.factor] = y
-        return self._filter(spread, self.transfer(*spread.shape[-2:], y.device).conj())
+        size = spread.shape[-2:]
+        if self.published_adjoint:
+            flipped = CircularBlur(self.kernel.flip(0, 1), centre_after=self.centre_after)
+            return self._filter(spread, flipped.transfer(*size, y.device))
+        return self._filter(spread, self.transfer(*size, y.device).conj())
 
     def _power(self, y: torch.Tensor) -> torch.Tensor:
         """Eigenvalues of A A^T: |H|^2 averaged over the frequencies that decimation makes one."""
@@ -415,7 +463,7 @@ class CircularBlur(Operator):
 
 
 @dataclass(eq=False)
-class ReflectBlur(Operator):
+class ReflectBlur(Iterative):
     """Correlation with an odd kernel [k, k] after reflection padding (edge pixel not repeated): RDMD's blur."""
 
     kernel: torch.Tensor
@@ -502,7 +550,7 @@ def walsh_hadamard(x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(eq=False)
-class Composition(Operator):
+class Composition(Iterative):
     """`outer` after `inner`, e.g. a mask after a blur. Exact adjoint; pseudo-inverse by conjugate gradients."""
 
     outer: Operator

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from ..errors import InputError
@@ -75,8 +76,8 @@ def quadratic_timesteps(iterations: int) -> torch.Tensor:
     """From 999 to 0, big steps at high noise, int64 [iterations]."""
     if iterations < 2:
         raise InputError(f"iterations: {iterations}; at least 2 are needed")
-    position = torch.arange(iterations, dtype=torch.float64) / (iterations - 1)
-    forward = torch.floor(position.sqrt() * TIMESTEPS + 1e-9).long()
+    # NumPy, because its rounding decides some entries of the published lists from 117 iterations on.
+    forward = torch.from_numpy(np.sqrt(np.linspace(0.0, TIMESTEPS**2, iterations)).astype(np.int64))
     forward[-1] -= 1
     return TIMESTEPS - 1 - forward
 

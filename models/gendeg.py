@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,8 +31,7 @@ def intensity_bin(value: float, limits: Sequence[float] = MU_RANGE, bins: int = 
     low, high = limits
     if not value >= low:
         raise InputError(f"intensity: {value} is below {low}")
-    edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
-    number = int(torch.searchsorted(edges, torch.tensor(float(value), dtype=torch.float64), right=True))
+    number = int(np.searchsorted(np.linspace(low, high, bins + 1), float(value), side="right"))
     return min(number - 1, bins - 1)
 
 

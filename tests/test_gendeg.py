@@ -52,6 +52,10 @@ def test_an_intensity_falls_into_the_bin_whose_lower_edge_it_reaches(value, inde
     assert intensity_bin(value) == index
 
 
+def test_a_value_on_an_edge_falls_where_the_published_edges_lie():
+    assert intensity_bin(0.37799999999999995, (0.0, 0.7), 100) == 54
+
+
 @pytest.mark.parametrize("value", [-0.01, float("nan")])
 def test_an_intensity_below_zero_is_refused(value):
     with pytest.raises(InputError, match="below"):

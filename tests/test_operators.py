@@ -27,6 +27,10 @@ KINDS = {
         ops.Composition(ops.Inpainting(torch.rand(12, 16) > 0.3), ops.ReflectBlur(SKEWED / SKEWED.sum())),
         (12, 16),
     ),
+    "smaller, then holes as large as a block": lambda: (
+        ops.Composition(ops.Inpainting(torch.arange(48).view(6, 8) % 7 > 3), ops.AveragePooling(2)),
+        (12, 16),
+    ),
     "blur, then smaller": lambda: (
         ops.Composition(ops.AveragePooling(2), ops.CircularBlur(kernels.gaussian_2d(5, 1.0))),
         (12, 16),
@@ -95,6 +99,33 @@ def test_nothing_is_divided_by_zero_where_the_operator_is_blind() -> None:
     blind = ops.separable_blur(kernels.uniform_1d(9), kernels.uniform_1d(9))
     assert blind.A_dagger(torch.randn(1, 3, 33, 20), 0.0).isfinite().all()
     assert ops.CircularBlur(torch.ones(4, 4) / 16).A_dagger(torch.randn(1, 3, 8, 8), 0.0).isfinite().all()
+
+
+def test_the_pseudo_inverse_takes_measurements_that_no_picture_gives() -> None:
+    mask = torch.ones(6, 8)
+    mask[2:, 3:] = 0
+    operator = ops.Composition(ops.AveragePooling(2), ops.Inpainting(mask))
+    y = torch.randn(2, 3, 3, 4)  # also where nothing is known
+    matrix = torch.stack([operator.A(one[None, None]).flatten() for one in torch.eye(48).view(48, 6, 8)], dim=1)
+    expected = (torch.linalg.pinv(matrix) @ y.flatten(2).transpose(1, 2).flatten(0, 1).view(2, 12, 3)).transpose(1, 2)
+    torch.testing.assert_close(operator.A_dagger(y), expected.reshape(2, 3, 6, 8), atol=1e-5, rtol=1e-4)
+
+
+def test_a_blur_is_undone_as_far_as_its_damping_allows() -> None:
+    operator, y = ops.ReflectBlur(kernels.gaussian_2d(9, 3.0)), torch.randn(1, 1, 16, 16)
+    matrix = torch.stack([operator.A(one[None, None]).flatten() for one in torch.eye(256).view(256, 16, 16)], dim=1)
+    matrix = matrix.double()
+    expected = torch.linalg.solve(matrix.T @ matrix + 1e-4 * torch.eye(256), matrix.T @ y.double().flatten())
+    found = operator.A_dagger(y, 1e-4).double().flatten()
+    assert float((found - expected).norm() / expected.norm()) < 1e-3
+
+
+def test_the_published_adjoint_of_an_even_kernel_is_a_pixel_off_and_of_an_odd_one_exact() -> None:
+    y = torch.randn(1, 1, 12, 10)
+    for sides, shift in (((4, 6), (1, 1)), ((5, 4), (0, 1)), ((3, 5), (0, 0))):
+        kernel = torch.rand(sides)
+        exact, published = (ops.CircularBlur(kernel, published_adjoint=flag).A_adjoint(y) for flag in (False, True))
+        torch.testing.assert_close(published, exact.roll(shift, (2, 3)))
 
 
 def test_median_fill_keeps_what_is_known_and_fills_the_rest() -> None:

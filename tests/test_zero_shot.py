@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -129,6 +130,8 @@ def test_the_published_noise_levels() -> None:
     want = [0.8989, 0.8207, 0.6672, 0.2381]
     assert schedules.cm4ir_sigmas(4, 400, 0.7).tolist() == pytest.approx(want, abs=1e-4)
     assert schedules.quadratic_timesteps(100)[[0, 1, 2, 3, -1]].tolist() == [999, 899, 857, 825, 0]
+    published = [999 - int(s) for s in np.sqrt(np.linspace(0, 1000**2, 117))[:-1]] + [0]
+    assert schedules.quadratic_timesteps(117).tolist() == published
     assert cm4ir.preset("inpainting (bedroom)", 0.03).delta_in_scalings
     with pytest.raises(InputError, match="is unknown"):
         cm4ir.preset("dancing", 0.1)
@@ -138,3 +141,13 @@ def test_wrong_numbers_of_draws_or_deltas_are_refused(consistency) -> None:
     x = torch.zeros(1, 3, 8, 8)
     with pytest.raises(InputError, match="4 steps need 3 draws"):
         cm4ir.sample(consistency, operators.Denoising(), x, x, schedules.cm4ir_sigmas(), [x])
+
+
+def test_every_picture_of_a_batch_is_filled_by_its_own_mask():
+    masks = (torch.rand(2, 1, 12, 10) > 0.4).float()
+    y = torch.rand(2, 3, 12, 10) * masks
+    both = cm4ir.start(operators.Inpainting(masks), y)
+    for index in range(2):
+        alone = cm4ir.start(operators.Inpainting(masks[index, 0]), y[index : index + 1])
+        torch.testing.assert_close(both[index : index + 1], alone)
+    assert both[masks.expand_as(both) == 0].abs().min() > 0

@@ -75,14 +75,17 @@ def test_published_task_lists_take_our_names_and_refuse_others():
         start(net, ("snow",), 32)
 
 
-@pytest.mark.parametrize("system, config", [("dcpt", NAFNET), ("moce-ir", SMALL), ("da-rcot", RCOT)])
+SWINIR = {"embed_dim": 12, "depths": (1,) * 6, "num_heads": (3,) * 6, "window_size": 4}
+
+
+@pytest.mark.parametrize("system, config", [("dcpt", NAFNET), ("dcpt", SWINIR), ("moce-ir", SMALL), ("da-rcot", RCOT)])
 def test_classification_reads_decoders_and_teaches_the_network(system, config):
     net = network(restorer(system, config))
     method = recipes.ClassificationObjective(blocks=1).start(net, LABELS, 32)
     dims = [b[0].conv1.in_channels for b in method.net_dc.bottleneck_layers]
     loss, parts = method.loss(Pass(net, batch(), torch.Generator().manual_seed(0)))
     loss.backward()
-    first = next(p for n, p in net.module.named_parameters() if n.startswith(("intro", "patch_embed")))
+    first = next(p for n, p in net.module.named_parameters() if n.startswith(("intro", "patch_embed", "conv_first")))
     assert len(dims) >= 2 and first.grad.abs().sum() > 0 and 0 <= parts["right"] <= 1
 
 

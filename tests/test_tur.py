@@ -345,3 +345,17 @@ def test_unknown_tasks_and_wrong_shapes_are_named() -> None:
         loss(p, t, u[..., :-1], [0])
     with pytest.raises(ConfigError, match="7task"):
         TaskUncertaintyLoss.released("9task")
+
+
+def test_the_seven_tasks_are_found_in_longer_names_the_weather_first() -> None:
+    loss = TaskUncertaintyLoss.released("7task")
+    assert [loss.tasks[i] for i in loss.slots(["derain_heavy", "Noise_Blur", "rain_haze", "x4sr"])] == [
+        "rain",
+        "blur",
+        "rain",
+        "sr",
+    ]
+    with pytest.raises(InputError, match="'inpaint' is unknown"):
+        loss.slots(["inpaint"])
+    with pytest.raises(InputError, match="'derain' is unknown"):
+        TaskUncertaintyLoss.released("5task").slots(["derain"])

@@ -204,15 +204,17 @@ class ClassificationObjective(Objective):
             maps = decoder_features(network, names, example, torch.Generator())
         tokens = maps[0].ndim == 3
         heights = [0 if tokens else m.shape[2] for m in maps]
-        if not tokens and any(b * 2 != a for a, b in zip(heights, heights[1:], strict=False)):
+        alike = len(heights) > 1 and len(set(heights)) == 1  # SwinIR: all stages work at full size
+        if not alike and any(b * 2 != a for a, b in zip(heights, heights[1:], strict=False)):
             raise ConfigError(
-                f"DCPT: the stages {', '.join(names)} give maps {heights} pixels high; each must be half the one before"
+                f"DCPT: the stages {', '.join(names)} give maps {heights} pixels high; each must be half the one "
+                "before, or all of one height"
             )
         classifier = DegradationClassifier(
             feature_dims=[m.shape[2 if tokens else 1] for m in maps],
             num_res_blocks=self.blocks,
             num_classes=len(labels),
-            downsample=tokens,
+            downsample=tokens or alike,
         )
         return _Classification(self, tuple(labels), names, classifier)
 

@@ -43,6 +43,8 @@ _RELEASED: Mapping[str, tuple[Mapping[str, int], float, bool]] = {
     ),
     "7task": ({"blur": 0, "noise": 1, "jpeg": 2, "rain": 3, "haze": 4, "dark": 5, "sr": 6}, 0.0, False),
 }
+# The published 7-task code takes the first of these that a sample's type contains: "derain_heavy" is rain.
+_CONTAINED = {"7task": ("rain", "haze", "blur", "noise", "jpeg", "dark", "sr")}
 
 
 class TaskUncertaintyLoss:
@@ -53,16 +55,22 @@ class TaskUncertaintyLoss:
     accumulate: False is the paper's formula. True is what the published 3- and 5-task code computes: tasks are
     visited in the order of `tasks`, and every task's L1 term is the mean over the samples of all tasks visited so far
     (each weighted by its own task's map), so tasks with small numbers count several times.
+    contained: tasks that a longer name may contain, the first one counts; empty: names must be exact.
     """
 
     def __init__(
-        self, tasks: Sequence[str] | Mapping[str, int], *, eps: float = 1e-6, accumulate: bool = False
+        self,
+        tasks: Sequence[str] | Mapping[str, int],
+        *,
+        eps: float = 1e-6,
+        accumulate: bool = False,
+        contained: Sequence[str] = (),
     ) -> None:
         numbers = dict(tasks) if isinstance(tasks, Mapping) else {name: i for i, name in enumerate(tasks)}
         if not numbers or len(set(numbers.values())) != len(numbers):
             raise ConfigError("TUR: tasks must be a non-empty list of different names, with different numbers")
         self.tasks = tuple(numbers)
-        self.eps, self.accumulate = eps, accumulate
+        self.eps, self.accumulate, self.contained = eps, accumulate, tuple(contained)
         self._slot_of_number = {number: slot for slot, number in enumerate(numbers.values())}
         self._number_of_name = numbers
 
@@ -72,17 +80,25 @@ class TaskUncertaintyLoss:
         if setting not in _RELEASED:
             raise ConfigError(f"TUR: no setting {setting!r}; one of {', '.join(_RELEASED)}")
         tasks, eps, as_released = _RELEASED[setting]
-        return cls(tasks, eps=eps, accumulate=as_released if accumulate is None else accumulate)
+        accumulate = as_released if accumulate is None else accumulate
+        return cls(tasks, eps=eps, accumulate=accumulate, contained=_CONTAINED.get(setting, ()))
 
     def slots(self, task: torch.Tensor | Sequence[int] | Sequence[str]) -> list[int]:
-        """Position in `self.tasks` of every sample's task, given by number or by name; InputError if unknown."""
+        """Position in `self.tasks` of every sample's task, given by number or by name; InputError if unknown.
+
+        (The published 7-task code leaves samples of an unknown type out without a word.)
+        """
         entries = task.tolist() if isinstance(task, torch.Tensor) else list(task)
-        numbers = [self._number_of_name.get(e) if isinstance(e, str) else e for e in entries]
+        numbers = [self._number(e) if isinstance(e, str) else e for e in entries]
         unknown = [e for e, n in zip(entries, numbers, strict=True) if n not in self._slot_of_number]
         if unknown:
             known = ", ".join(f"{name} ({number})" for name, number in self._number_of_name.items())
             raise InputError(f"task: {unknown[0]!r} is unknown; one of {known}")
         return [self._slot_of_number[n] for n in numbers]
+
+    def _number(self, name: str) -> int | None:
+        known = name if name in self._number_of_name else next((c for c in self.contained if c in name.lower()), None)
+        return None if known is None else self._number_of_name[known]
 
     def __call__(
         self,

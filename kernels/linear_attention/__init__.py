@@ -14,6 +14,8 @@ from einops import rearrange
 
 from ...errors import InputError
 
+ROTARY_BASE = 10000.0  # channel pair i turns by position * base^(-i / pairs)
+
 
 def feature_map(x: torch.Tensor) -> torch.Tensor:
     """elu(x) + 1 in float32: makes queries and keys positive."""
@@ -21,7 +23,7 @@ def feature_map(x: torch.Tensor) -> torch.Tensor:
 
 
 def rotary_angles(
-    height: int, width: int, channels: int, device: torch.device | str = "cpu", base: float = 10000.0
+    height: int, width: int, channels: int, device: torch.device | str = "cpu", base: float = ROTARY_BASE
 ) -> torch.Tensor:
     """Angles [H W, C / 2] in float32: the first half turns with the row, the second with the column.
 
@@ -77,14 +79,20 @@ def _state(key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def key_value_state(
-    key: torch.Tensor, value: torch.Tensor, heads: int, height: int, width: int, rotary: bool = True
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: int,
+    height: int,
+    width: int,
+    rotary: bool = True,
+    base: float = ROTARY_BASE,
 ) -> torch.Tensor:
     """[B, heads, d, d] float32: mean over tokens of feature_map(key), rotated (row), times value (column)."""
     _check(key, value, heads, height * width)
     with torch.autocast(key.device.type, enabled=False):
         key = feature_map(key)
         if rotary:
-            key = rotate(key, rotary_angles(height, width, key.shape[-1], key.device))
+            key = rotate(key, rotary_angles(height, width, key.shape[-1], key.device, base))
         return _state(key, value.to(key.dtype), heads)
 
 
@@ -98,6 +106,7 @@ def linear_attention(
     *,
     rotary: bool = True,
     eps: float = 1e-6,
+    base: float = ROTARY_BASE,
 ) -> torch.Tensor:
     """Attention in which rotated keys meet the values and unrotated keys normalise; O(L C d).
 
@@ -115,7 +124,7 @@ def linear_attention(
         if rotary:
             if query.shape[-1] % 4:
                 raise InputError(f"rotary positions need a multiple of 4 channels, got {query.shape[-1]}")
-            rotations = _rotations(height, width, query.shape[-1], query.device, 10000.0)
+            rotations = _rotations(height, width, query.shape[-1], query.device, base)
             query, key = _turn(query, rotations), _turn(key, rotations)
         state = _state(key, value.to(key.dtype), heads)
         out = rearrange(query, "b l (h d) -> b h l d", h=heads) @ state

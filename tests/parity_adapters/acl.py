@@ -6,7 +6,17 @@ import re
 
 from support import tapped
 
-from comfyui_mend.kernels.linear_attention import feature_map, key_value_state, linear_attention, rotary_angles, rotate
+from comfyui_mend.kernels.linear_attention import (
+    ROTARY_BASE,
+    feature_map,
+    key_value_state,
+    linear_attention,
+    rotary_angles,
+    rotate,
+)
+
+INSIDE_ATTENTION = ("qk", "lepe")
+CONVOLUTIONS = ("cpe1", "cpe2", "dwc", "lepe")  # recorded as [B, C, H, W], all else as tokens
 
 
 def run(case):
@@ -20,26 +30,26 @@ def run(case):
 def _core(case):
     config, (query, key, value) = case.config, (case.inputs[k] for k in ("xq", "xk", "v"))
     height, width, heads = config["H"], config["W"], config["heads"]
-    arguments = (heads, height, width)
-    angles = rotary_angles(height, width, config["C"], base=config["rope_base"])
+    arguments, base = (heads, height, width), config.get("rope_base", ROTARY_BASE)
+    angles = rotary_angles(height, width, config["C"], base=base)
     return {
-        "out_rope": linear_attention(query, key, value, *arguments, eps=config["eps"]),
+        "out_rope": linear_attention(query, key, value, *arguments, eps=config["eps"], base=base),
         "out_plain": linear_attention(query, key, value, *arguments, rotary=False, eps=config["eps"]),
         "q_feature": feature_map(query),
         "q_rotated": rotate(feature_map(query), angles),
         "angles": angles,
-        "kv_rope": key_value_state(key, value, *arguments),
+        "kv_rope": key_value_state(key, value, *arguments, base=base),
     }
 
 
 def _block(case):
     module, x = case.module(), case.inputs["x"]
     height, width = case.config["input_resolution"]
-    names = {"cpe1": "cpe1", "qk": "attn.qk", "attn": "attn", "out_proj": "out_proj", "mlp": "mlp"}
-    taps = {f"mid_{n}": module.get_submodule(path) for n, path in names.items()}
+    names = [n.removeprefix("mid_") for n in case.outputs if n.startswith("mid_")]
+    taps = {n: module.get_submodule(f"attn.{n}" if n in INSIDE_ATTENTION else n) for n in names}
     out, kept = tapped(taps, lambda: module(x.unflatten(1, (height, width))))
-    outputs = {n: v.permute(0, 3, 1, 2) if n == "mid_cpe1" else v.flatten(1, 2) for n, v in kept.items()}
-    return {"out": out.flatten(1, 2), **outputs, "rotations": module.attn.rope.rotations}
+    maps = {f"mid_{n}": v.permute(0, 3, 1, 2) if n in CONVOLUTIONS else v.flatten(1, 2) for n, v in kept.items()}
+    return {"out": out.flatten(1, 2), **maps, "rotations": module.attn.rope.rotations}
 
 
 def _network(case):

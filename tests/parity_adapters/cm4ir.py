@@ -11,6 +11,12 @@ from comfyui_mend import models
 from comfyui_mend.guidance import cm4ir, parametrisation, priors, schedules
 
 
+def check_layout(case):
+    with torch.device("meta"):
+        case.check_manifest(models.create("guided-diffusion-unet", {"wrapper": "karras", **case.config}))
+    return {}
+
+
 def run(case):
     config, inputs = case.config, case.inputs
     module = models.create("guided-diffusion-unet", {"wrapper": "karras", **config})

@@ -49,7 +49,8 @@ def _classify(case):
     logits = module(features, inputs.get("lq"))
     gammas = {n: float(n.removeprefix("focal_loss_gamma")) for n in case.outputs if n.startswith("focal_loss_gamma")}
     losses = {n: focal_loss(logits, inputs["label"], gamma) for n, gamma in gammas.items()}
-    losses[max(gammas, key=gammas.get)].backward()
+    if gammas:
+        losses[max(gammas, key=gammas.get)].backward()
     named = dict(module.named_parameters()) | {f"feature{i}": f for i, f in enumerate(features)}
     grads = {n: named[n.removeprefix("grad.")].grad for n in case.outputs if n.startswith("grad.")}
     return {"logits": logits} | losses | grads
@@ -68,8 +69,8 @@ def _train(case):
         mode=config["mode"],
     )
     step.total.backward()
-    outputs = {"pix": step.restored, "logits": step.logits}
-    outputs |= {"l_pix": step.pixel, "l_classify": step.classification, "l_total": step.total}
+    outputs = {} if step.restored is None else {"pix": step.restored}
+    outputs |= {"logits": step.logits, "l_pix": step.pixel, "l_classify": step.classification, "l_total": step.total}
     for index, feature in enumerate(step.features):
         tokens = len(case.outputs.get(f"feature{index}", {}).get("shape", ())) == 3
         outputs[f"feature{index}"] = rearrange(feature, "b c h w -> b (h w) c") if tokens else feature

@@ -65,8 +65,10 @@ def _statistics(case):
     return {"samples": torch.tensor(rows, dtype=torch.float32)}
 
 
-def _manifest(case):
+def check_layout(case):
     """The released layout: every averaged name has its raw parameter, and the generator's own layers are found."""
+    if {"enc_blk_nums", "num_bins"} & case.config.keys():
+        return case.check_layout()
     state = {key: torch.empty(shape, device="meta") for key, shape, _ in case.json["state_dict"]}
     raw, moved = with_averaged_weights(state)
     averaged = [k for k in state if k.startswith("model_ema.") and k.split(".")[1] not in ("decay", "num_updates")]
@@ -82,8 +84,7 @@ def _diffusion(case, *, averaged):
     """ComfyUI's U-Net and autoencoder with the case's weights, and the conditioner."""
     config, weights = case.config, case.state_dict()
     if averaged:
-        weights, moved = with_averaged_weights(weights)
-        assert moved
+        weights, _ = with_averaged_weights(weights)  # a pruned file has none, and is used as it is
 
     def part(prefix):
         return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
@@ -162,4 +163,4 @@ def run(case):
         return _training(case)
     if "steps" in config:
         return _sampling(case)
-    return _conditioning(case) if "num_bins" in config else _manifest(case)
+    return _conditioning(case)

@@ -13,7 +13,8 @@ def _operator(case):
     kind = config["operator"]
     base = config.get("base", kind.removesuffix("-svd").removesuffix("-fft"))
     if kind.endswith("-fft"):
-        return operators.CircularBlur(_kernel_2d(base, config, inputs), config.get("factor", 1))
+        kernel = _kernel_2d(base, config, inputs)
+        return operators.CircularBlur(kernel, config.get("factor", 1), published_adjoint=True)
     if base == "sr-bicubic":
         return operators.bicubic_downsampling(config["factor"])
     if base.startswith("deblur-"):
@@ -119,7 +120,7 @@ def run(case):
         return results
     y = _measurement(case, operator, x)
     flat = (lambda t: t) if inputs["y"].ndim == 4 else (lambda t: t.flatten(1))
-    eta = case.config.get("eta")
+    eta = case.config.get("eta", 1e-4)  # the published default
     makers = {
         "Aty": lambda: flat(operator.A_adjoint(y)),
         "pinv_y": lambda: flat(operator.A_dagger(y)),

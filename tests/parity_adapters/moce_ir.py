@@ -27,7 +27,7 @@ def run(case):
         outputs |= {f"out{suffix}": out, f"gates{suffix}": routing.gates, f"logits{suffix}": routing.logits}
     taps = {f"act_{n}": _stage(module, n) for n in case.json.get("intermediates", [])}
     taps["freq_emb"] = module.freq_embed
-    return outputs | tapped(taps, lambda: module(inputs["x"], inputs["routing_noise"]))[1]
+    return outputs | tapped(taps, lambda: module(inputs["x"], inputs.get("routing_noise")))[1]
 
 
 def _train(case, module):
@@ -37,5 +37,12 @@ def _train(case, module):
     l1, fft, balance = (out - target).abs().mean(), fft_loss(out, target) * 0.1, module.balance_loss(routing)
     (l1 + fft + 0.01 * balance).backward()
     parameters = dict(module.named_parameters())
-    outputs = {"out": out, "gates": routing.gates, "total_loss": balance, "loss_l1": l1, "loss_fft": fft}
-    return outputs | {f"grad_{k}": parameters[k].grad for k in case.json["gradkeys"]}
+    outputs = {
+        "out": out,
+        "logits": routing.logits,
+        "gates": routing.gates,
+        "total_loss": balance,
+        "loss_l1": l1,
+        "loss_fft": fft,
+    }
+    return outputs | {f"grad_{k}": parameters[k].grad for k in case.json.get("gradkeys", [])}

@@ -42,7 +42,7 @@ def _colour_fix(case):
     }
 
 
-def _lora_manifest(case):
+def check_layout(case):
     """Every module of the manifest must find a weight, of its shape, in the U-Net that the folder describes."""
     weights = {m["comfy_weight"]: m for m in json.loads((case.folder / "lora_key_map.json").read_text())}
     unet = {name: torch.empty(m["weight_shape"], device="meta") for name, m in weights.items()}
@@ -110,4 +110,4 @@ def run(case):
         return _pipeline(case)
     if "wavelet_levels" in case.config:
         return _colour_fix(case)
-    return _lora_manifest(case) if "lora_rank" in case.config else _vre(case)
+    return _vre(case)

@@ -16,6 +16,12 @@ def _operator(config, inputs):
     return operators.ReflectBlur(inputs["kernel"] / inputs["kernel"].sum())
 
 
+def check_layout(case):
+    with torch.device("meta"):
+        case.check_manifest(models.create("guided-diffusion-unet", case.config))
+    return {}
+
+
 def run(case):
     config, inputs = case.config, case.inputs
     module = models.create("guided-diffusion-unet", config)

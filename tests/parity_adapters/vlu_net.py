@@ -12,11 +12,6 @@ from comfyui_mend.models import clip, degradation_encoder
 
 
 def run(case):
-    if not case.inputs:
-        with torch.device("meta"):
-            module = models.create(case.system, case.config)
-        case.check_manifest(module)
-        return {}
     return _pipeline(case) if case.config["kind"] == "pipeline" else _net(case)
 
 
@@ -46,8 +41,9 @@ def _pipeline(case):
     module.load_state_dict(state)
     module.eval().requires_grad_(False)
     encoder, inputs = module.model_degradation, case.inputs
-    seen = clip.preprocess(inputs["image"])
-    features = encoder.ad_imageEncoder.clip_model.visual(seen)
+    visual = encoder.ad_imageEncoder.clip_model.visual
+    seen = clip.preprocess(inputs["image"], visual.image_size)
+    features = visual(seen)
     degradation = encoder.encode_image(inputs["image"])
     tokens = inputs["tokens"] if "tokens" in inputs else degradation_encoder.tokenize(case.config["prompts"])
     texts = encoder.encode_text(tokens)
@@ -60,6 +56,6 @@ def _pipeline(case):
         "logits_per_image": logits,
         "cross_entropy": F.cross_entropy(logits, inputs["labels"]),
         "clip_input_patch": seen[:, :, :32, :32],
-        "clip_input_big_patch": clip.preprocess(inputs["image_big"])[:, :, 100:132, 60:92],
+        "clip_input_big_patch": clip.preprocess(inputs["image_big"], visual.image_size)[:, :, 100:132, 60:92],
         "clip_input_mean_std": torch.stack([seen.mean(dim=(2, 3)), seen.std(dim=(2, 3))]),
     }

@@ -123,13 +123,13 @@ def main(arguments: Sequence[str]) -> int:
     lines = [
         "# Bitstreams written one way and read another",
         "",
+        machine.command(f"agreement --images {args.images}"),
+        "",
         f"{args.images} random pictures of 24 to 128 pixels a side, qualities 0 to 63, `{args.model.name}`; encoded in one "
         f"process and decoded in another, {combinations} combinations of: {', '.join(WAYS)}.",
         "",
         f"**{len(failed)} of {args.images} pictures** had an integer that was not recovered; some {integers:,} integers of y were.",
         "No GPU was there: that a stream written on a GPU is read on a CPU was not tried.",
-        "",
-        machine.command(f"agreement --images {args.images}"),
         *(f"- {number}: {' to '.join(pair(int(number)))}: {message}" for number, message in failed.items()),
     ]
     report.publish(lines, args.out)

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from ..engine.tiling import Axis, plan_axis, round_up
-from ..errors import InputError
+from ..errors import CheckpointError, InputError
 from ..models.aio_codec import HYPER_STRIDE, LATENT_STRIDE, AllInOneCodec, check_quality, entropy_precision
 from . import tables
-from .container import LARGEST_PART, LARGEST_SIDE, Bitstream, Part
+from .container import LARGEST_PART, LARGEST_PICTURE, LARGEST_SIDE, Bitstream, Part
 from .entropy import BitstreamError, Decoder, Encoder
 
 DEFAULT_TILE, DEFAULT_OVERLAP = 1024, 32
@@ -64,6 +64,21 @@ def _checksum(planes: list[np.ndarray]) -> int:
     return value
 
 
+def _check_finite(*tensors: torch.Tensor) -> None:
+    """Raises CheckpointError if the codec computed NaN or infinity from numbers that were none."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise CheckpointError(
+            "codec: it computes NaN or infinite values for this picture: the codec file is damaged or its training "
+            "failed; download it again, or choose another one"
+        )
+
+
+def _table_index(scales: torch.Tensor) -> np.ndarray:
+    """Gaussian tables of one plane [N/2, h, w] for its scales [1, N/2, h, w]."""
+    _check_finite(scales)
+    return tables.scale_index(scales[0]).cpu().numpy()
+
+
 def _channel_index(shape: tuple[int, ...]) -> np.ndarray:
     return np.broadcast_to(np.arange(shape[0])[:, None, None], shape)
 
@@ -80,18 +95,25 @@ def encode(
 ) -> Bitstream:
     """Compresses one picture [3, H, W] in 0..1 at a quality index in 0..63.
 
-    tile: side of the parts of larger pictures, a multiple of 16; 0 codes the picture whole. step is called per part.
-    Raises InputError for a picture or setting that cannot be coded, MissingDependency without constriction.
+    tile: side of the parts of larger pictures, a multiple of 16; 0 codes the picture whole, and overlap means nothing.
+    step is called per part. Raises InputError for a picture or setting that cannot be coded, CheckpointError for a codec
+    that computes NaN, MissingDependency without constriction.
     """
     if image.ndim != 3 or image.shape[0] != 3 or min(image.shape) < 1 or max(image.shape[1:]) > LARGEST_SIDE:
         raise InputError(
             f"image: expected [3, H, W] with sides of 1 to {LARGEST_SIDE} pixels, got {tuple(image.shape)}"
         )
+    if image.shape[1] * image.shape[2] > LARGEST_PICTURE:
+        raise InputError(
+            f"image: {image.shape[2]} x {image.shape[1]} pixels are more than a .mend file may hold "
+            f"({LARGEST_PICTURE:,}); scale it down, or cut it and compress the pieces"
+        )
     if not bool(torch.isfinite(image).all()):
         raise InputError("image: it contains NaN or infinite values")
-    if tile % LATENT_STRIDE or tile < 0 or tile > LARGEST_SIDE or not 0 <= overlap < max(1, tile):
+    if tile % LATENT_STRIDE or not 0 <= tile <= LARGEST_SIDE or overlap < 0 or (tile and overlap >= tile):
         raise InputError(
-            f"tile and overlap: {tile} and {overlap}; tile must be a multiple of 16 and larger than overlap"
+            f"tile and overlap: {tile} and {overlap}; tile must be a multiple of 16 and larger than overlap, or 0 to code "
+            "the picture whole"
         )
     device = codec.refine.weight.device
     index = check_quality(quality, 1, device)
@@ -104,11 +126,13 @@ def encode(
     hyper = tables.hyper_tables(codec.bit_estimator_z)
     for _, top, left in _places(rows, columns):
         piece = _piece(image, top, left, rows.tile, columns.tile).to(device)
-        latent = codec.quantise(*codec.analyse(piece[None], index), portable=True)
+        y, z = codec.analyse(piece[None], index)
+        latent = codec.quantise(y, z, portable=True)
+        _check_finite(y, z, *latent.planes)
         encoder, planes = Encoder(), [_integers(p) for p in (latent.z_hat, *latent.planes)]
         encoder.plane(planes[0], _channel_index(planes[0].shape), hyper)
         for plane, scales in zip(planes[1:], latent.scales, strict=True):
-            encoder.plane(plane, tables.scale_index(scales[0]).cpu().numpy(), tables.gaussian_tables())
+            encoder.plane(plane, _table_index(scales), tables.gaussian_tables())
         parts.append(Part(*encoder.finish(), _checksum(planes)))
         step()
     quality_index = int(index[0])
@@ -135,7 +159,8 @@ def decode(
     """The restored picture [3, H, W] in 0..1, or a region (left, top, width, height) of it, decoding only its parts.
 
     quality: synthesis gain of another index than the one it was coded with (an effect, not a rate).
-    Raises BitstreamError if the stream is damaged or was made with other weights.
+    Raises BitstreamError if the stream is damaged or was made with other weights, CheckpointError for a codec that
+    computes NaN.
     """
     if stream.fingerprint != fingerprint(codec):
         raise BitstreamError("bitstream: made with another codec file; load the one that it was encoded with")
@@ -155,6 +180,7 @@ def decode(
             continue
         y_hat = _decode_latent(codec, stream.parts[number], hyper, size)
         piece = codec.synthesise(y_hat, index)[0].float().cpu()
+        _check_finite(piece)
         i, j = divmod(number, len(columns.starts))
         piece = piece * rows.windows[i][:, None] * columns.windows[j]
         upper, lower = max(top, y0), min(top + rows.tile, y0 + h)
@@ -167,20 +193,20 @@ def decode(
 
 def _decode_latent(codec: AllInOneCodec, part: Part, hyper: tables.Tables, size: tuple[int, int]) -> torch.Tensor:
     """y_hat [1, N, h, w] of one part: z, then the first plane, whose values give the second one's scales."""
-    device, decoder = codec.refine.weight.device, Decoder(part.stream, part.escapes)
+    decoder = Decoder(part.stream, part.escapes)
     channels = codec.bit_estimator_z.f1.h.shape[1]
     shape = (channels, *(-(-s // HYPER_STRIDE) for s in size))
     planes = [decoder.plane(_channel_index(shape), hyper)]
-    with entropy_precision(codec, portable=True) as dtype:
+    with entropy_precision(codec, portable=True) as convert:
 
         def tensor(plane: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(plane)[None].to(device, dtype)
+            return convert(torch.from_numpy(plane)[None])
 
         common = codec.common_parameters(tensor(planes[0]), size)
         gaussian = tables.gaussian_tables()
-        planes.append(decoder.plane(tables.scale_index(codec.first_scales(common)[0]).cpu().numpy(), gaussian))
+        planes.append(decoder.plane(_table_index(codec.first_scales(common)), gaussian))
         scales, spatial = codec.second_scales(tensor(planes[1]), common)
-        planes.append(decoder.plane(tables.scale_index(scales[0]).cpu().numpy(), gaussian))
+        planes.append(decoder.plane(_table_index(scales), gaussian))
         if _checksum(planes) != part.checksum:
             raise BitstreamError(
                 "bitstream: its integers were not recovered: damaged, or this device computes differently"

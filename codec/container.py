@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..errors import InputError
 from ..models.aio_codec import LATENT_STRIDE, QUALITIES
 from .entropy import BitstreamError
 
@@ -62,12 +63,18 @@ class Bitstream:
         return 8 * self.size / (self.width * self.height)
 
     def to_bytes(self) -> bytes:
-        """The file's content."""
+        """The file's content. Raises InputError for a note that no reader would take."""
         body = b"".join(
             _PART.pack(len(p.stream), len(p.escapes), p.checksum) + p.stream + p.escapes for p in self.parts
         )
         if self.note:
-            note = zlib.compress(json.dumps(dict(self.note)).encode(), 9)
+            text = json.dumps(dict(self.note)).encode()
+            if len(text) > LARGEST_NOTE:
+                raise InputError(
+                    f"note: {len(text):,} bytes of text, a .mend file carries at most {LARGEST_NOTE:,}; save it without "
+                    "the workflow"
+                )
+            note = zlib.compress(text, 9)
             body += _NOTE.pack(b"NOTE", len(note)) + note
         fields = (MAGIC, VERSION, self.quality, self.tile, self.overlap, self.width, self.height, len(self.parts))
         header = _HEADER.pack(*fields, len(body), self.fingerprint, 0)
@@ -92,7 +99,8 @@ class Bitstream:
         if checksum(data, body) != stored:
             raise BitstreamError("bitstream: damaged (its checksum does not match)")
         sides = 1 <= width <= LARGEST_SIDE and 1 <= height <= LARGEST_SIDE and width * height <= LARGEST_PICTURE
-        part = min(tile or width, width + 15) * min(tile or height, height + 15)
+        padded = [-(-side // LATENT_STRIDE) * LATENT_STRIDE for side in (width, height)]
+        part = min(tile or padded[0], padded[0]) * min(tile or padded[1], padded[1])
         if (
             not sides
             or part > LARGEST_PART

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError, MissingDependency
+from ..models.aio_codec import LARGEST_SYMBOL
 from .tables import TOTAL, Tables
-
-LARGEST_SYMBOL = 30_000
 
 
 class BitstreamError(CheckpointError):
@@ -72,8 +71,8 @@ class Encoder:
         self._escapes = bytearray()
 
     def plane(self, symbols: np.ndarray, indexes: np.ndarray, tables: Tables) -> None:
-        """Adds integers and the index of the table for each, arrays of one shape."""
-        values = np.clip(symbols.ravel().astype(np.int64), -LARGEST_SYMBOL, LARGEST_SYMBOL)
+        """Adds integers of at most LARGEST_SYMBOL and the index of the table for each, arrays of one shape."""
+        values = symbols.ravel().astype(np.int64)
         for index, places in _groups(indexes):
             last = int(tables.length[index]) - 2
             relative = values[places] - int(tables.offset[index])

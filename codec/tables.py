@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from ..models.aio_codec import SMALLEST_SCALE, BitEstimator
+from ..models.aio_codec import SMALLEST_SCALE, BitEstimator, float64_device
 
 PRECISION = 16
 TOTAL = 1 << PRECISION
@@ -120,9 +120,13 @@ def hyper_tables(estimator: BitEstimator, dtype: torch.dtype = torch.float64) ->
 
 
 def scale_index(scales: torch.Tensor) -> torch.Tensor:
-    """Index of the Gaussian table for each predicted scale; negative ones count as tiny. int64, same shape."""
+    """Index of the Gaussian table for each predicted scale; negative ones count as tiny. int64, same shape.
+
+    On the CPU where the scales' device has no float64.
+    """
     step = (math.log(SCALE_MAX) - math.log(SCALE_MIN)) / (SCALE_LEVELS - 1)
-    position = (scales.double().clamp_min(SMALLEST_SCALE).log() - math.log(SCALE_MIN)) / step
+    scales = scales.to(float64_device(scales.device)).double()
+    position = (scales.clamp_min(SMALLEST_SCALE).log() - math.log(SCALE_MIN)) / step
     return position.clamp(0, SCALE_LEVELS - 1).long()
 
 

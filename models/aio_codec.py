@@ -7,7 +7,8 @@ checkpoints'. This file is the network and its rate estimate; real bitstreams ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,9 @@ QUALITIES = 64
 """Quality indices run from 0 (lowest rate) to 63."""
 SMALLEST_SCALE = 1e-5
 LATENT_STRIDE, HYPER_STRIDE = 16, 4
+LARGEST_SYMBOL = 30_000
+"""What y and z are rounded to lies within plus and minus this, so that it fits 16 bits."""
+_WITHOUT_FLOAT64 = ("mps",)
 
 
 # Transform --------------------------------------------------------------------------------------------------------------
@@ -349,15 +353,16 @@ class AllInOneCodec(nn.Module):
         portable: bool = False,
         rounding: Callable[[torch.Tensor], torch.Tensor] = torch.round,
     ) -> Latent:
-        """Rounds y and z to what is coded (dual spatial prior, section 3.3).
+        """Rounds y and z to what is coded, at most LARGEST_SYMBOL (dual spatial prior, section 3.3).
 
-        portable: the entropy parameters are computed in float64, so that another machine finds the same ones.
+        portable: the entropy parameters are computed in float64, so that another machine finds the same ones; the
+        latent is then float64, on the CPU where the device has no such numbers.
         rounding: another one, such as one that gradients pass.
         """
-        z_hat = rounding(z)
-        with entropy_precision(self, portable) as dtype:
-            common = self.common_parameters(z_hat.to(dtype), y.shape[-2:])
-            return self._quantise(y.to(dtype), z_hat, common, rounding)
+        z_hat = rounding(z).clamp(-LARGEST_SYMBOL, LARGEST_SYMBOL)
+        with entropy_precision(self, portable) as convert:
+            common = self.common_parameters(convert(z_hat), y.shape[-2:])
+            return self._quantise(convert(y), z_hat, common, rounding)
 
     def _quantise(
         self,
@@ -373,7 +378,7 @@ class AllInOneCodec(nn.Module):
 
         def code(half: int, mask: torch.Tensor, scale: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, ...]:
             residual = (halves[half] - mean * mask) * mask
-            symbols = rounding(residual)
+            symbols = rounding(residual).clamp(-LARGEST_SYMBOL, LARGEST_SYMBOL)
             return residual, symbols, symbols + mean * mask, scale * mask
 
         first = [code(0, even, scale_halves[0], mean_halves[0]), code(1, odd, scale_halves[1], mean_halves[1])]
@@ -421,7 +426,8 @@ class AllInOneCodec(nn.Module):
 
     def synthesise(self, y_hat: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
         """The restored image [B, 3, 16 h, 16 w], not clamped."""
-        features = self.N_dim_decompress(y_hat.to(self.N_dim_decompress.weight.dtype))
+        weight = self.N_dim_decompress.weight
+        features = self.N_dim_decompress(y_hat.to(weight.dtype).to(weight.device))
         return self.refine(self.dec(features, self.quality_gain("dec", quality)))
 
     def estimate_bits(self, latent: Latent) -> tuple[torch.Tensor, torch.Tensor]:
@@ -439,31 +445,29 @@ class AllInOneCodec(nn.Module):
         return self.synthesise(latent.y_hat, quality), latent
 
 
-class entropy_precision:
-    """Within it the entropy model's modules compute in float64 (`portable`) or as they are; gives the dtype to use.
+def float64_device(device: torch.device) -> torch.device:
+    """Where to compute in float64 for tensors of a device: there, or on the CPU if it has no such numbers (Apple's)."""
+    return torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else device
+
+
+@contextmanager
+def entropy_precision(codec: AllInOneCodec, portable: bool) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Within it the entropy model's modules compute in float64 (`portable`) or as they are; gives what converts inputs.
 
     Decoding needs the very parameters that encoding had: in float32 two devices differ often enough to break a stream.
     """
-
-    def __init__(self, codec: AllInOneCodec, portable: bool) -> None:
-        self.modules = (codec.hyper_dec, codec.y_prior_fusion, codec.y_spatial_prior)
-        self.portable = portable
-        self.dtype = codec.N_dim_compress.weight.dtype
-
-    def __enter__(self) -> torch.dtype:
-        self._autocast = torch.autocast(next(self.modules[0].parameters()).device.type, enabled=False)
-        self._autocast.__enter__()
-        if not self.portable:
-            return self.dtype
-        for module in self.modules:
-            module.double()
-        return torch.float64
-
-    def __exit__(self, *exception: object) -> None:
-        if self.portable:
-            for module in self.modules:
-                module.to(self.dtype)
-        self._autocast.__exit__(*exception)
+    modules = (codec.hyper_dec, codec.y_prior_fusion, codec.y_spatial_prior)
+    home, own = codec.N_dim_compress.weight.device, codec.N_dim_compress.weight.dtype
+    device, dtype = (float64_device(home), torch.float64) if portable else (home, own)
+    with torch.autocast(device.type, enabled=False):
+        try:
+            # Devices and precisions change one after the other: no tensor is ever float64 where that does not exist.
+            for module in modules if portable else ():
+                module.to(device).to(dtype)
+            yield lambda tensor: tensor.to(device).to(dtype)
+        finally:
+            for module in modules if portable else ():
+                module.to(own).to(home)
 
 
 def check_quality(quality: torch.Tensor | int, batch: int, device: torch.device) -> torch.Tensor:
@@ -535,7 +539,9 @@ def _prior_from_state_dict(state: State) -> dict[str, Any]:
 
 
 def _prepare(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key.replace("generator.", ""): value for key, value in state.items()}
+    """The generator of a released file, which holds the training's discriminator and counters as well."""
+    inside = {key: value for key, value in state.items() if ".generator." in f".{key}"}
+    return {key.replace("generator.", ""): value for key, value in (inside or state).items()}
 
 
 class EntropyTables(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,7 @@ from ..codec.container import Bitstream
 from ..codec.files import SUFFIX, read, write
 from ..engine import folders, host, journal, model_folder
 from ..engine.pictures import from_pil
+from ..engine.values import check_image
 from ..errors import InputError
 from . import sockets
 from .api import advanced, io, ui
@@ -47,6 +49,18 @@ def _tile_input() -> io.Input:
             "and what has to be decoded for a region.",
         )
     )
+
+
+def _pictures(image: torch.Tensor, name: str = "image") -> torch.Tensor:
+    """IMAGE as [B, C, H, W]. Raises InputError for an empty batch and for NaN or infinite values."""
+    pictures = channels_first(image)
+    check_image(pictures, name)
+    return pictures
+
+
+def _check_streams(streams: Sequence[Bitstream]) -> None:
+    if not streams:
+        raise InputError("bitstream: the batch is empty; connect at least one picture to Encode Bitstream")
 
 
 class LoadCodec(ModelFile, io.ComfyNode):
@@ -128,7 +142,7 @@ class EncodeBitstream(io.ComfyNode):
 
     @classmethod
     def execute(cls, codec, image, by="quality", quality=32, bits_per_pixel=0.5, kilobytes=50.0, tile=1024):
-        pictures, streams = channels_first(image), []
+        pictures, streams = _pictures(image), []
         pixels = pictures.shape[-2] * pictures.shape[-1]
         allowed = {"bits per pixel": int(bits_per_pixel * pixels / 8), "file size": int(1000 * kilobytes)}
         for number, picture in enumerate(pictures):
@@ -164,6 +178,7 @@ class DecodeBitstream(io.ComfyNode):
 
     @classmethod
     def execute(cls, codec, bitstream, left=0, top=0, width=0, height=0) -> io.NodeOutput:
+        _check_streams(bitstream)
         if bool(width) != bool(height) or (not width and (left or top)):
             raise InputError("region: give both its width and its height, or leave all four at 0 for the whole picture")
         region = (left, top, width, height) if width else None
@@ -211,6 +226,7 @@ class SaveBitstream(io.ComfyNode):
 
     @classmethod
     def execute(cls, bitstream, filename_prefix="mend/picture", with_workflow=False) -> io.NodeOutput:
+        _check_streams(bitstream)
         note = {}
         if with_workflow:
             found = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
@@ -243,12 +259,12 @@ class LoadBitstream(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
-        return True if folders.input_path(file) else f"file: there is no {file!r} in the input folder"
+    def validate_inputs(cls, file: str | None) -> bool | str:
+        return True if file is None or folders.input_path(file) else f"file: there is no {file!r} in the input folder"
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> str:
-        return journal.identity(folders.require_input_path(file))
+    def fingerprint_inputs(cls, file: str | None) -> str:
+        return "" if file is None else journal.identity(folders.require_input_path(file))
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
@@ -280,7 +296,7 @@ class CompressRestore(io.ComfyNode):
 
     @classmethod
     def execute(cls, codec, image, quality=32, tile=1024) -> io.NodeOutput:
-        pictures, streams, decoded = channels_first(image), [], []
+        pictures, streams, decoded = _pictures(image), [], []
         for number, picture in enumerate(pictures):
             with host.part_of_progress(2 * number, 2 * len(pictures)):
                 streams.append(compress.compress(codec, picture, quality, tile=tile))
@@ -326,8 +342,8 @@ class RateReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, codec, image, qualities=5, reference=None) -> io.NodeOutput:
-        picture = channels_first(image)[0]
-        clean = None if reference is None else channels_first(reference)[0]
+        picture = _pictures(image[:1])[0]
+        clean = None if reference is None else _pictures(reference[:1], "reference")[0]
         found = rates.compare(codec, picture, clean, qualities)
         pixels = picture.shape[-2] * picture.shape[-1]
         plot = rates.plot(found, pixels, "picture itself" if clean is None else "reference")

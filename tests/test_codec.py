@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 import struct
@@ -10,10 +11,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from comfyui_mend import models
 from comfyui_mend.codec import coder, container, entropy, tables
-from comfyui_mend.errors import InputError, MendError
+from comfyui_mend.errors import CheckpointError, InputError, MendError
 from comfyui_mend.models import aio_codec
 
 pytest.importorskip("constriction", reason="bitstreams are coded by the package constriction")
@@ -178,6 +180,82 @@ def test_settings_that_cannot_work_are_refused(codec) -> None:
             coder.encode(codec, image, **bad)
     with pytest.raises(InputError, match="NaN"):
         coder.encode(codec, image * float("nan"), 3)
+    for side in [(65_535, 5_000), (20_000, 20_000)]:  # nothing is computed: these have no memory of their own
+        with pytest.raises(InputError, match=r"more than a \.mend file may hold"):
+            coder.encode(codec, torch.zeros(1).expand(3, *side), 3)
+
+
+def test_every_plan_that_encoding_accepts_is_read_back(codec) -> None:
+    """The height's padding to 16 counts for the largest part, no more: 1024 x 4096 is one, 1025 would be too high."""
+    stream = coder.encode(codec, torch.rand(3, 16, 16), 5)
+    tiled = container.Bitstream(5_000, 1_024, 5, stream.fingerprint, stream.parts * 2, tile=4_096, overlap=32)
+    assert container.Bitstream.from_bytes(tiled.to_bytes()) == tiled
+    with pytest.raises(entropy.BitstreamError, match="makes no sense"):
+        container.Bitstream.from_bytes(dataclasses.replace(tiled, height=1_025).to_bytes())
+
+
+def test_tile_0_codes_a_picture_whole_whatever_the_overlap(codec) -> None:
+    image = torch.rand(3, 40, 70)
+    stream = coder.encode(codec, image, 20, tile=0)
+    assert stream == coder.encode(codec, image, 20) and len(stream.parts) == 1
+    assert torch.equal(coder.decode(codec, stream), coder.decode(codec, coder.encode(codec, image, 20, tile=1024)))
+
+
+def test_symbols_beyond_the_largest_are_clamped_and_read_back(codec) -> None:
+    loud = copy.deepcopy(codec)
+    loud.N_dim_compress.weight.mul_(3e5)
+    image = torch.rand(3, 32, 48)
+    latent = loud.quantise(*loud.analyse(image[None], torch.tensor([40])), portable=True)
+    largest = max(float(plane.abs().max()) for plane in (latent.z_hat, *latent.planes))
+    assert largest == entropy.LARGEST_SYMBOL
+    stream = container.Bitstream.from_bytes(coder.encode(loud, image, 40).to_bytes())
+    want = loud.synthesise(latent.y_hat, torch.tensor([40]))[0].clamp(0, 1)
+    assert torch.allclose(coder.decode(loud, stream), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["enc", "dec"])
+def test_a_codec_that_computes_nan_is_named_as_the_cause(codec, side: str) -> None:
+    broken = copy.deepcopy(codec)
+    getattr(broken, f"q_scale_{side}").fill_(-1)
+    with pytest.raises(CheckpointError, match="the codec file is damaged"):
+        coder.decode(broken, coder.encode(broken, torch.rand(3, 16, 16), 5))
+
+
+class _AppleLike(TorchDispatchMode):
+    """The meta device as one that has no float64, and that tensors can be fetched from (as zeros)."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        result = func(*args, **kwargs)
+        wide = isinstance(result, torch.Tensor) and result.is_meta and result.dtype == torch.float64
+        assert not wide, f"{func} makes float64 where there is none"
+        return result
+
+
+def test_no_float64_is_asked_of_a_device_without_it(monkeypatch) -> None:
+    monkeypatch.setattr(aio_codec, "_WITHOUT_FLOAT64", ("meta",))
+    with torch.device("meta"):
+        codec = models.create("aio-codec", SMALL).eval().requires_grad_(False)
+    quality = torch.zeros(1, dtype=torch.int64, device="meta")
+    with _AppleLike():
+        y, z = codec.analyse(torch.rand(1, 3, 32, 48, device="meta"), quality)
+        latent = codec.quantise(y, z, portable=True)
+        assert codec.synthesise(latent.y_hat, quality).is_meta
+        assert tables.scale_index(torch.rand(4, device="meta")).device.type == "cpu"
+    assert latent.y_hat.dtype == torch.float64 and latent.y_hat.device.type == "cpu"
+    assert {(p.device.type, p.dtype) for p in codec.parameters()} == {("meta", torch.float32)}
+
+
+@pytest.mark.parametrize("prefix", ["generator.", "module.generator.", "generator.module."])
+def test_what_a_released_file_holds_beside_the_generator_is_ignored(codec, prefix: str) -> None:
+    state = {f"{prefix}{name}": value for name, value in codec.state_dict().items()}
+    outside = "module." if prefix.startswith("module.") else ""
+    state |= {f"{outside}step_counter": torch.zeros(1), f"{outside}discriminator.w": torch.zeros(3)}
+    loaded = models.load({"state_dict": state, "meta": {"epoch": 3}})
+    assert loaded.architecture.id == "aio-codec"
+    assert all(torch.equal(value, codec.state_dict()[name]) for name, value in loaded.module.state_dict().items())
 
 
 def test_texts_travel_with_a_picture_and_do_not_count_as_its_rate(codec) -> None:
@@ -186,6 +264,13 @@ def test_texts_travel_with_a_picture_and_do_not_count_as_its_rate(codec) -> None
     back = container.Bitstream.from_bytes(noted.to_bytes())
     assert back == noted and back.size == plain.size == len(plain.to_bytes()) < len(noted.to_bytes())
     assert torch.equal(coder.decode(codec, back), coder.decode(codec, plain))
+
+
+def test_a_text_that_no_reader_would_take_is_not_written(codec, monkeypatch) -> None:
+    monkeypatch.setattr(container, "LARGEST_NOTE", 100)
+    stream = coder.encode(codec, torch.rand(3, 16, 16), 5)
+    with pytest.raises(InputError, match="without the workflow"):
+        dataclasses.replace(stream, note={"workflow": "x" * 100}).to_bytes()
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,34 @@ def test_files_are_numbered_and_read_back_with_the_workflow_they_carry(codec, ph
     assert nodes.LoadBitstream.validate_inputs("../a.mend") is not True
 
 
+@pytest.mark.parametrize("node", [nodes.EncodeBitstream, nodes.CompressRestore, nodes.RateReport])
+def test_an_empty_batch_and_values_that_are_no_numbers_are_refused(codec, photo, node) -> None:
+    with pytest.raises(InputError, match="image: empty"):
+        node.execute(codec, photo[:0])
+    with pytest.raises(InputError, match="image: 21600 values are NaN"):
+        node.execute(codec, photo * float("nan"))
+
+
+def test_the_report_refuses_a_reference_it_cannot_compare_with(codec, photo) -> None:
+    for reference, message in [
+        (photo[:0], "reference: empty"),
+        (photo * float("nan"), "reference: 21600 values are NaN"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            nodes.RateReport.execute(codec, photo, 2, reference)
+
+
+def test_no_bitstream_at_all_is_neither_decoded_nor_saved(codec, output) -> None:
+    for work in (lambda: nodes.DecodeBitstream.execute(codec, ()), lambda: nodes.SaveBitstream.execute(())):
+        with pytest.raises(InputError, match="bitstream: the batch is empty"):
+            work()
+
+
+def test_a_file_name_that_a_wire_brings_is_not_known_before_the_run() -> None:
+    assert nodes.LoadBitstream.validate_inputs(None) is True
+    assert nodes.LoadBitstream.fingerprint_inputs(None) == nodes.LoadBitstream.fingerprint_inputs(None)
+
+
 def test_a_restorer_is_no_codec() -> None:
     with pytest.raises(CheckpointError, match="does not compress"):
         nodes.LoadCodec.execute("wiring-nafnet.safetensors")

@@ -7,6 +7,7 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXi
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -131,26 +132,58 @@ def read_lora(state: Mapping[str, torch.Tensor], alpha: float | None = None) -> 
     """Every module's pair of factors by diffusers' name, from PEFT or older diffusers keys with or without `unet.`.
 
     alpha: numerator of the scale; None: the file's `.alpha` entry, else the rank (scale 1). Raises CheckpointError for
-    half a pair, factors that do not fit each other, and files without any pair.
+    half a pair, factors that do not fit each other, files without any pair, and tensors that are no part of a pair: a
+    model without them would be wrong, and nobody would see it.
     """
     factors: dict[str, dict[str, torch.Tensor]] = {}
+    unknown = []
     for key, tensor in state.items():
         for kind, endings in (("down", _DOWN_NAMES), ("up", _UP_NAMES), ("alpha", ("alpha",))):
             ending = next((e for e in endings if key.endswith("." + e)), None)
             if ending is not None:
-                factors.setdefault(_module(key[: -len(ending) - 1]), {})[kind] = tensor
+                parts = factors.setdefault(_module(key[: -len(ending) - 1]), {})
+                if kind in parts:
+                    raise CheckpointError(f"LoRA: the file holds the {kind} entry of {key!r} under two names")
+                parts[kind] = tensor
+                break
+        else:
+            unknown.append(key)
+    if not factors:
+        raise CheckpointError("LoRA: the file holds no low-rank pairs (`....lora_A.weight`, `....lora_B.weight`)")
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise CheckpointError(
+            f"LoRA: these keys are no part of a low-rank pair: {', '.join(unknown[:5])}{more}; pairs end in "
+            f"{' or '.join(_DOWN_NAMES)} and the same for up. The file is of another kind: choose a plain LoRA, or convert it"
+        )
     pairs = {}
     for module, parts in factors.items():
         if "down" not in parts or "up" not in parts:
             raise CheckpointError(f"LoRA: {module} has only {' and '.join(parts)}; the file is incomplete")
         down, up = parts["down"], parts["up"]
-        if down.ndim not in (2, 4) or up.flatten(1).shape[1] != down.shape[0]:
+        if down.ndim not in (2, 4) or up.ndim not in (2, 4) or up.flatten(1).shape[1] != down.shape[0]:
             raise CheckpointError(f"LoRA: {module} multiplies {tuple(up.shape)} by {tuple(down.shape)}")
-        numerator = alpha if alpha is not None else float(parts.get("alpha", torch.tensor(float(down.shape[0]))))
-        pairs[module] = LowRank(down, up, numerator / down.shape[0])
-    if not pairs:
-        raise CheckpointError("LoRA: the file holds no low-rank pairs (`....lora_A.weight`, `....lora_B.weight`)")
+        if not down.numel() or not up.numel():
+            raise CheckpointError(
+                f"LoRA: {module} has empty factors, {tuple(up.shape)} and {tuple(down.shape)}: the file is damaged"
+            )
+        pairs[module] = LowRank(down, up, _numerator(module, parts, alpha) / down.shape[0])
     return pairs
+
+
+def _numerator(module: str, parts: Mapping[str, torch.Tensor], alpha: float | None) -> float:
+    """Of a pair's scale: `alpha`, else the file's, else the rank. Raises CheckpointError for one that is no number."""
+    if alpha is not None:
+        return alpha
+    if "alpha" not in parts:
+        return float(parts["down"].shape[0])
+    stored = parts["alpha"]
+    if stored.numel() != 1 or not math.isfinite(float(stored)):
+        raise CheckpointError(
+            f"LoRA: {module}.alpha must be one finite number, it is a tensor of shape {tuple(stored.shape)}: the file is "
+            "damaged"
+        )
+    return float(stored)
 
 
 def _module(name: str) -> str:

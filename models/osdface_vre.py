@@ -307,14 +307,18 @@ def _build(config: Mapping[str, Any]) -> FacePrompter:
 
 
 def _released_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tokenizer for degraded faces out of associate_2.ckpt, which holds two autoencoders and their critics."""
+    """The tokenizer for degraded faces out of associate_2.ckpt, which holds two autoencoders and their critics.
+
+    A projection beside it stays.
+    """
     prefix = "vqvae_LQ."
+    projection = {key: value for key, value in state.items() if key.startswith("embedding_change.")}
     if f"{prefix}quantize.embedding.weight" in state:
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     elif any(key.startswith("decoder.") for key in state):
         return state  # a vector-quantised autoencoder of another method
     if "quantize.embedding.weight" in state:
-        return {f"vre.{key}": value for key, value in state.items() if key.startswith(_PARTS)}
+        return {f"vre.{key}": value for key, value in state.items() if key.startswith(_PARTS)} | projection
     return state
 
 

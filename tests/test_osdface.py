@@ -74,10 +74,11 @@ def test_a_projection_of_another_dictionary_is_refused():
 
 def test_one_file_with_both_parts_loads_whole():
     module = _prompter()
-    restored = models.load(module.state_dict())
-    assert restored.architecture.id == "osdface-prompter"
-    face = torch.rand(2, 3, 64, 64)
-    assert torch.equal(restored.module(face), module(face))
+    face, names = torch.rand(2, 3, 64, 64), module.state_dict()
+    for prefix in ("vre.", "", "vqvae_LQ."):
+        restored = models.load({name.replace("vre.", prefix): value for name, value in names.items()})
+        assert restored.architecture.id == "osdface-prompter"
+        assert torch.equal(restored.module(face), module(face))
 
 
 def test_a_face_in_a_batch_gets_the_tokens_it_gets_alone():
@@ -177,6 +178,33 @@ def test_lora_files_that_do_not_fit_say_so():
         lora_sd.match_lora(lora_sd.read_lora(pair), {"out.2.weight": torch.zeros(4, 64, 3, 3)})
     elsewhere = lora_sd.match_lora(lora_sd.read_lora(pair), {"time_embed.0.weight": torch.zeros(4, 4)})
     assert elsewhere.unmatched == ["conv_out"] and "0 of 1" in elsewhere.describe()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"unet.conv_in.lora_magnitude_vector.weight": torch.ones(4)}, "lora_magnitude_vector"),
+        ({"unet.nothing.weight": torch.ones(4)}, r"unet\.nothing\.weight"),
+        (
+            {f"unet.a.processor.to_k_lora.{k}.weight": torch.ones(2, 2) for k in ("down", "up")},
+            "to_k_lora.down.*to_k_lora.up",
+        ),
+        ({f"unet.k{k}.weight": torch.ones(1) for k in range(9)}, "k0.weight.* and 4 more"),
+        ({"conv_in.lora.down.weight": torch.ones(2, 4)}, "under two names"),
+        ({"unet.conv_in.alpha": torch.ones(2)}, r"conv_in\.alpha must be one finite number"),
+        ({"unet.conv_in.alpha": torch.tensor(float("nan"))}, r"conv_in\.alpha must be one finite number"),
+        (
+            {"unet.conv_in.lora_A.weight": torch.ones(0, 4), "unet.conv_in.lora_B.weight": torch.ones(4, 0)},
+            "empty factors",
+        ),
+        ({"unet.conv_in.lora_B.weight": torch.ones(4)}, "multiplies"),
+    ],
+)
+def test_every_tensor_of_a_lora_file_must_be_part_of_a_pair(extra, message):
+    pair = {"unet.conv_in.lora_A.weight": torch.ones(2, 4), "unet.conv_in.lora_B.weight": torch.ones(4, 2)}
+    assert lora_sd.read_lora(pair | {"unet.conv_in.alpha": torch.tensor([4.0])})["conv_in"].scale == 2
+    with pytest.raises(CheckpointError, match=message):
+        lora_sd.read_lora(pair | extra)
 
 
 def test_the_embedder_runs_in_half_precision():

@@ -15,6 +15,8 @@ from .zero_shot_inputs import (
     STEPS,
     as_latent,
     as_sigmas,
+    check_choices,
+    check_same_shape,
     delta_inputs,
     eta_input,
     flow_input,
@@ -29,10 +31,13 @@ from .zero_shot_inputs import (
     sigmas_input,
     sign_of,
     state_input,
+    state_of,
     state_output,
     states_and_picture,
     zeta_input,
 )
+
+_NOISY = "Start From Measurement or the step before"
 
 
 class Cm4irSigmas(io.ComfyNode):
@@ -95,6 +100,7 @@ class StartFromMeasurement(io.ComfyNode):
 
     @classmethod
     def execute(cls, prior, measurement, sigmas, seed=0, zeta=0.0, fill="medians") -> io.NodeOutput:
+        check_choices(cls, fill=fill)
         sigma = float(zero_shot.levels(sigmas)[0])
 
         def start(session):
@@ -130,12 +136,13 @@ class PredictClean(io.ComfyNode):
     @classmethod
     def execute(cls, prior, x, sigmas, index=0, delta=0.0, delta_in_scalings=False) -> io.NodeOutput:
         sigma, _ = levels_at(sigmas, index)
+        state = state_of("x", x, prior, _NOISY)
 
         def predict(session):
-            x0 = cm4ir.predict(session.prior, x["samples"].to(session.device), sigma, delta, delta_in_scalings)
+            x0 = cm4ir.predict(session.prior, state.to(session.device), sigma, delta, delta_in_scalings)
             return (x0,), x0
 
-        return states_and_picture(prior, x["samples"].shape, predict)
+        return states_and_picture(prior, state.shape, predict)
 
 
 class BackProject(io.ComfyNode):
@@ -161,9 +168,10 @@ class BackProject(io.ComfyNode):
 
     @classmethod
     def execute(cls, prior, measurement, x0, zeta=0.0, mu=1.0) -> io.NodeOutput:
+        clean = state_of("x0", x0, prior, "Predict Clean", measurement)
+
         def back_project(session):
-            y = measurement.to(session.device)
-            state = x0["samples"].to(session.device)
+            y, state = measurement.to(session.device), clean.to(session.device)
             guided = cm4ir.back_project(session.operator(y.operator), state, y.y, zeta, y.noise, mu)
             return (guided,), guided
 
@@ -194,14 +202,19 @@ class MixNoise(io.ComfyNode):
 
     @classmethod
     def execute(cls, guided, x, x0, sigmas, index=0, seed=0, eta=0.1, noise_sign="turned round") -> io.NodeOutput:
+        check_choices(cls, noise_sign=noise_sign)
         sigma, following = levels_at(sigmas, index)
         if following is None:
             raise InputError(f"index: {index} is the last noise level; its result is the picture, add no noise")
-        state = x["samples"]
-        noise = zero_shot.draw(state.shape, seed, index + 1, state.device)
-        mixed = cm4ir.mix_noise(
-            guided["samples"], state, x0["samples"], sigma, following, noise, eta, sign_of(noise_sign)
+        corrected, state, clean = (latent["samples"] for latent in (guided, x, x0))
+        check_same_shape(
+            f"one step: guided from Back-Project, x from {_NOISY}, x0 from Predict Clean",
+            guided=corrected,
+            x=state,
+            x0=clean,
         )
+        noise = zero_shot.draw(state.shape, seed, index + 1, state.device)
+        mixed = cm4ir.mix_noise(corrected, state, clean, sigma, following, noise, eta, sign_of(noise_sign))
         return io.NodeOutput(as_latent(mixed))
 
 
@@ -251,11 +264,12 @@ class Cm4irStep(io.ComfyNode):
         delta_in_scalings=False,
         noise_sign="turned round",
     ) -> io.NodeOutput:
+        check_choices(cls, noise_sign=noise_sign)
         sigma, following = levels_at(sigmas, index)
+        noisy = state_of("x", x, prior, _NOISY, measurement)
 
         def step(session):
-            y = measurement.to(session.device)
-            state = x["samples"].to(session.device)
+            y, state = measurement.to(session.device), noisy.to(session.device)
             settings = zero_shot.Cm4ir(zeta, eta, mu, sign_of(noise_sign), (), delta_in_scalings)
             done = cm4ir.step(
                 session.prior,

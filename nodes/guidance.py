@@ -13,6 +13,7 @@ from .rdmd import RdmdSigmas, RdmdStart, RdmdStep, RdmdStrip, Regularise
 from .zero_shot_inputs import (
     CATEGORY,
     STEPS,
+    check_choices,
     eta_input,
     gamma_input,
     measurement_input,
@@ -22,6 +23,7 @@ from .zero_shot_inputs import (
     prior_input,
     sign_of,
     state_input,
+    state_of,
     states_and_picture,
     zeta_input,
 )
@@ -46,8 +48,8 @@ class LoadPrior(ModelFile, io.ComfyNode):
                         "kind",
                         options=list(zero_shot.KINDS),
                         default=zero_shot.AUTOMATIC,
-                        tooltip="What its output means. automatic: EDM for Mend's own, epsilon for ADM, consistency for the "
-                        "others unless the file name says edm.",
+                        tooltip="What its output means. automatic: epsilon for ADM; for Mend's own what the file says, EDM or "
+                        "consistency; for the others consistency unless the file name says edm.",
                     )
                 ),
                 io.Int.Input(
@@ -66,6 +68,7 @@ class LoadPrior(ModelFile, io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name, kind="automatic", class_index=-1, precision="auto") -> io.NodeOutput:
+        check_choices(cls, kind=kind, precision=precision)
         label = None if class_index < 0 else class_index
         network = loaded.load(model_folder.model_path(model_name))
         return io.NodeOutput(zero_shot.network_prior(network, kind, label, precision))
@@ -113,8 +116,8 @@ class ZeroShotRestore(io.ComfyNode):
                     "preset",
                     options=list(zero_shot.PRESETS),
                     default=zero_shot.AUTOMATIC,
-                    tooltip="CM4IR's published settings per task, for the nearest noise level. automatic: by the operator. "
-                    "by hand: the start, gamma and zeta below.",
+                    tooltip="CM4IR's published settings per task, for the nearest noise level; (EDM): found here, for Mend's prior. "
+                    "automatic: by the operator, and (EDM) for an EDM prior. by hand: the start, gamma and zeta below.",
                 ),
                 seed_input("Chooses all noise."),
                 io.Int.Input(
@@ -198,6 +201,7 @@ class ZeroShotRestore(io.ComfyNode):
         renewal=-1.0,
         result=zero_shot.AUTOMATIC,
     ) -> io.NodeOutput:
+        check_choices(cls, scheme=scheme, preset=preset, noise_sign=noise_sign, result=result)
         if scheme == "RDMD":
             fresh = None if renewal < 0 else renewal
             settings = zero_shot.Rdmd(steps or 100, tau, weight, fresh, result)
@@ -224,7 +228,7 @@ class StateToImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, prior, state) -> io.NodeOutput:
-        samples = state["samples"]
+        samples = state_of("state", state, prior, "a step, or a SAMPLER on the model from Prior To Model")
         return states_and_picture(prior, samples.shape, lambda session: ((), samples.to(session.device)))
 
 

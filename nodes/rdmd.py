@@ -19,15 +19,19 @@ from .zero_shot_inputs import (
     STEPS,
     as_latent,
     as_sigmas,
+    check_same_shape,
     flow_input,
     index_input,
     measurement_input,
     picture_output,
     prior_input,
     state_input,
+    state_of,
     state_output,
     states_and_picture,
 )
+
+_STATES = "RDMD Start or the step before"
 
 
 def rdmd_weights() -> list[io.Input]:
@@ -135,6 +139,9 @@ class RdmdStep(io.ComfyNode):
         settings = zero_shot.Rdmd(iterations, tau, weight, None if renewal < 0 else renewal)
         if index >= iterations:
             raise InputError(f"index: {index}, but there are {iterations} iterations (0..{iterations - 1})")
+        estimate = state_of("u", u, prior, _STATES, measurement)
+        noisy = state_of("x", x, prior, _STATES, measurement)
+        check_same_shape(_STATES, u=estimate, x=noisy)
 
         def step(session):
             y = measurement.to(session.device)
@@ -142,11 +149,11 @@ class RdmdStep(io.ComfyNode):
                 session.prior,
                 session.operator(y.operator),
                 y.y,
-                u["samples"].to(session.device),
-                x["samples"].to(session.device),
+                estimate.to(session.device),
+                noisy.to(session.device),
                 settings.schedule(y),
                 index,
-                zero_shot.rdmd_draw(u["samples"].shape, seed, session.device),
+                zero_shot.rdmd_draw(estimate.shape, seed, session.device),
                 zeta=settings.fresh(y),
             )
             return (done.u, done.x_next, done.u if done.denoised is None else done.denoised), done.u
@@ -190,11 +197,13 @@ class Regularise(io.ComfyNode):
 
     @classmethod
     def execute(cls, prior, u, level=0.05, consistent=False) -> io.NodeOutput:
+        estimate = state_of("u", u, prior, _STATES)
+
         def regularise(session):
-            regularised = rdmd.regularise(session.prior, u["samples"].to(session.device), level, consistent)
+            regularised = rdmd.regularise(session.prior, estimate.to(session.device), level, consistent)
             return (regularised,), regularised
 
-        return states_and_picture(prior, u["samples"].shape, regularise)
+        return states_and_picture(prior, estimate.shape, regularise)
 
 
 class RdmdStrip(io.ComfyNode):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from ..engine import host, zero_shot
 from ..errors import InputError
+from ..guidance.measurement import Measurement
 from . import sockets
 from .api import advanced, io
 from .images import as_image
@@ -19,6 +21,58 @@ STEPS = "Mend/zero-shot/steps"
 def as_latent(samples: torch.Tensor) -> dict[str, torch.Tensor]:
     """A state as ComfyUI's LATENT."""
     return {"samples": samples.to(host.intermediate_device(), torch.float32)}
+
+
+def check_choices(node: type[io.ComfyNode], **chosen: Any) -> None:
+    """Raises InputError for a value that the menu of this name in `node` does not offer.
+
+    ComfyUI 0.3.64 lets any text through that comes by a wire or by the API.
+    """
+    menus = {slot.id: slot.options for slot in node.define_schema().inputs if slot.id in chosen}
+    for name, value in chosen.items():
+        if value not in menus[name]:
+            raise InputError(f"{name}: {value!r} is not one of {', '.join(menus[name])}; choose one of these")
+
+
+def _shape(sizes: Sequence[int | None]) -> str:
+    return f"[{', '.join('any' if size is None else str(size) for size in sizes)}]"
+
+
+def state_of(
+    name: str,
+    latent: dict[str, Any],
+    prior: zero_shot.Prior,
+    maker: str,
+    measurement: Measurement | None = None,
+) -> torch.Tensor:
+    """The state [B, C, h, w] in the LATENT of the input `name`, of the pictures of `measurement` if there is one.
+
+    A prior in pixels needs [B, 3, H, W]; of one on latents (a MODEL with its VAE) only the batch is known here. One
+    measurement serves any number of states. Raises InputError, which says to take the LATENT from `maker`.
+    """
+    samples = latent["samples"]
+    count, *size = (None, None, None) if measurement is None else (len(measurement.y), *measurement.size)
+    in_pixels = getattr(prior, "vae", None) is None
+    needed = [None if count == 1 else count, *((3, *size) if in_pixels else (None, None, None))]
+    fits = samples.ndim == 4 and samples.numel() > 0
+    if not fits or any(n not in (None, found) for n, found in zip(needed, samples.shape, strict=True)):
+        space = "in pixels, three colours" if in_pixels else "in the latents of the prior's model"
+        raise InputError(
+            f"{name}: a LATENT of {_shape(samples.shape)} (pictures, channels, height, width), but needed is "
+            f"{_shape(needed)}, {space}; take it from {maker}"
+        )
+    return samples
+
+
+def check_same_shape(maker: str, **states: torch.Tensor) -> None:
+    """Raises InputError unless all states are [B, C, h, w] of one shape; the text says to take them from `maker`."""
+    shapes = {tuple(state.shape) for state in states.values()}
+    if len(shapes) > 1 or len(shapes.pop()) != 4:
+        found = ", ".join(f"{name} {_shape(state.shape)}" for name, state in states.items())
+        raise InputError(
+            f"{' and '.join(states)}: LATENTs of one shape (pictures, channels, height, width) are needed, not {found}; "
+            f"take them from {maker}"
+        )
 
 
 def states_and_picture(

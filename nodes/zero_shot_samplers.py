@@ -8,7 +8,15 @@ from . import sockets
 from .api import advanced, io
 from .inputs import accepted
 from .rdmd import rdmd_weights, renewal_input
-from .zero_shot_inputs import eta_input, measurement_input, mu_input, noise_sign_input, sign_of, zeta_input
+from .zero_shot_inputs import (
+    check_choices,
+    eta_input,
+    measurement_input,
+    mu_input,
+    noise_sign_input,
+    sign_of,
+    zeta_input,
+)
 
 CATEGORY = "Mend/zero-shot/ComfyUI models"
 
@@ -136,6 +144,7 @@ class SamplerCm4ir(io.ComfyNode):
         deltas="",
         delta_in_scalings=False,
     ) -> io.NodeOutput:
+        check_choices(cls, noise_sign=noise_sign)
         comfy_sampling.need_comfyui("CM4IR Sampler")
         settings = zero_shot.Cm4ir(zeta, eta, mu, sign_of(noise_sign), _numbers(deltas), delta_in_scalings)
         return io.NodeOutput(comfy_sampling.sampler(measurement, settings, vae))
@@ -171,6 +180,7 @@ class SamplerRdmd(io.ComfyNode):
     def execute(
         cls, measurement, tau=0.5, weight=20.0, renewal=-1.0, result=zero_shot.AUTOMATIC, vae=None
     ) -> io.NodeOutput:
+        check_choices(cls, result=result)
         comfy_sampling.need_comfyui("RDMD Sampler")
         settings = zero_shot.Rdmd(tau=tau, weight=weight, renewal=None if renewal < 0 else renewal, output=result)
         return io.NodeOutput(comfy_sampling.rdmd_sampler(measurement, settings, vae))

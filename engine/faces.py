@@ -10,6 +10,7 @@ import torch
 from ..errors import InputError
 from . import colours, host
 from .face_geometry import apply, compose, corners, inverse, soft_square, stretch, warp
+from .values import check_image, check_mask, clamped
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,7 @@ class Faces:
 
 def nobody(pictures: torch.Tensor) -> Faces:
     """A stand-in for pictures without faces: the middle of the first one, which is never pasted."""
+    check_image(pictures)
     height, width = pictures.shape[-2:]
     side = min(height, width)
     box = torch.tensor([0.0, 0.0, side, side], dtype=torch.float64) + torch.tensor(
@@ -91,6 +93,7 @@ def align(pictures: torch.Tensor, faces: Faces, side: int = 512) -> torch.Tensor
 
     The pictures may have another size than the ones that the faces were found in. Raises InputError without faces.
     """
+    check_image(pictures)
     _check(pictures, faces)
     if not len(faces):
         raise InputError("faces: none were found; lower the threshold, or mark them by a mask or boxes (Mark Faces)")
@@ -125,9 +128,14 @@ def paste(
     crop that was not changed changes nothing; mask: further limits in the crops, [N or 1, h', w']. Crops may be larger
     or smaller than they were cut. Pixels outside the crops keep every bit; transparency stays as it is.
     """
+    check_image(pictures)
+    if len(crops):
+        check_image(crops, "crops")
     _check(pictures, faces)
     if len(crops) != len(faces):
         raise InputError(f"faces: {len(crops)} pictures of faces for {len(faces)} places")
+    if mask is not None:
+        check_mask(mask)
     if mask is not None and len(mask) not in (1, len(crops)):
         raise InputError(f"mask: {len(mask)} masks for {len(crops)} faces; use one, or one per face")
     target, progress = host.device(), host.progress(len(faces))
@@ -167,7 +175,7 @@ def paste(
         else:
             patch = warp(crop, to_crop, size)
         below = result[place].to(target)
-        result[place] = torch.where(alpha > 0, torch.lerp(below, patch[0].clamp(0, 1), alpha), below).to(result)
+        result[place] = torch.where(alpha > 0, torch.lerp(below, clamped(patch[0], whole), alpha), below).to(result)
         seen = covered[face.picture, y0:y1, x0:x1]
         covered[face.picture, y0:y1, x0:x1] = torch.maximum(seen, alpha.cpu())
     return result, covered

@@ -10,6 +10,7 @@ from ..models.features import Features
 from . import host, tiling
 from .loaded import LoadedRestorer
 from .pictures import from_pil, labelled, to_pil
+from .values import clamped
 
 
 def encode(loaded: LoadedRestorer, image: torch.Tensor) -> Features:
@@ -22,9 +23,9 @@ def encode(loaded: LoadedRestorer, image: torch.Tensor) -> Features:
 
 
 def decode(loaded: LoadedRestorer, maps: Features) -> torch.Tensor:
-    """The restored pictures [B, 3, H, W] in 0..1. Raises as `encode`, and for features of another network."""
+    """The restored pictures [B, 3, H, W], clamped as by `tiling.restore`. Raises as `encode`, and for features of another network."""
     restored = _whole(loaded, maps.image, lambda restorer, device: features.decode(restorer, maps.to(device)))
-    return restored.clamp(0, 1)
+    return clamped(restored, maps.image)
 
 
 def _whole(loaded: LoadedRestorer, image: torch.Tensor, function):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 from .report import match_size
+from .values import check_mask, check_values, clamped
 
 
 def low_frequencies(image: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -58,8 +59,13 @@ def mix(
     original [B, C, h, w] is scaled to restored [B, C, H, W]; mask [B or 1, H', W'] in 0..1. structure and detail weigh
     the change below and above a low-pass of `split` pixels, Gaussian or (bands "guided") one that keeps to the edges of the
     restored picture, so that neither bleeds over them; colour_anchor pulls the very low frequencies (a thirtieth
-    of the picture) back to the original's. Values outside 0..2 extrapolate. Returns [B, C, H, W], clamped.
+    of the picture) back to the original's. Values outside 0..2 extrapolate. Returns [B, C, H, W], clamped to 0..1, or to
+    0 and up for pictures with values above white. Raises InputError for what cannot be mixed.
     """
+    if bands not in FILTERS:
+        raise InputError(f"bands: {bands!r} is not one of {', '.join(FILTERS)}")
+    check_values(original, "original")
+    check_values(restored, "restored")
     channels = min(original.shape[1], restored.shape[1])
     if len(original) not in (1, len(restored)):
         raise InputError(f"original: {len(original)} pictures, but restored has {len(restored)}")
@@ -78,6 +84,7 @@ def mix(
         change = change * structure
     weight: torch.Tensor | float = strength
     if mask is not None:
+        check_mask(mask)
         if len(mask) not in (1, len(result)):
             raise InputError(f"mask: {len(mask)} masks for {len(result)} pictures; use one, or one per picture")
         scaled = F.interpolate(mask[:, None].float(), size=result.shape[-2:], mode="bilinear", align_corners=False)
@@ -85,4 +92,4 @@ def mix(
     mixed = base + weight * change
     if restored.shape[1] > channels:
         mixed = torch.cat([mixed, restored[:, channels:].float()], dim=1)
-    return mixed.clamp(0, 1)
+    return clamped(mixed, original, restored)

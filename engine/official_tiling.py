@@ -59,4 +59,4 @@ def restore(
         return tiling.restore(loaded, tile, tile=max(tile.shape[-2:]), precision=precision, clamp=False)
 
     restored = official_tiles(image, whole, loaded.restorer.scale, threshold)
-    return restored.clamp(0.0, None if float(image.max()) > 1.0 else 1.0)
+    return tiling.clamped(restored, image)

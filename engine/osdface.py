@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from .. import models
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, OutOfMemoryError
 from ..guidance import latent_diffusion
 from ..models import checkpoint, lora_sd
 from ..models.osdface_vre import FacePrompter, PromptProjection
 from . import colours, host
 from .comfy_sampling import need_comfyui
+from .values import check_image
 
 logger = logging.getLogger(__name__)
 
@@ -216,6 +217,14 @@ def sample(model: Any, conditioning: Any, latents: torch.Tensor, timestep: int) 
     return end.to(host.intermediate_device())
 
 
+def _does_not_fit(faces: torch.Tensor) -> OutOfMemoryError:
+    height, width = faces.shape[-2:]
+    return OutOfMemoryError(
+        f"image: not even one face of {width} x {height} pixels fits into memory; close other programs, unload other "
+        "models, or make the faces smaller (size of Align Faces, square_size here)"
+    )
+
+
 @torch.no_grad()
 def restore(
     model: Any,
@@ -232,19 +241,39 @@ def restore(
     """Faces [B, C, H, W] in 0..1 restored in one step to [B, 3, H', W'], and the number of codes that each hit.
 
     model: with OSDFace's LoRA; seed: see `encode`; square: see `working_size`; colour: a method of `colours`, or None;
-    at_once: how many faces go through the network together. Equal to the chain of single nodes.
+    at_once: how many faces go through the network together, half as many after running out of memory. Equal to the chain
+    of single nodes. Raises OutOfMemoryError if not even one face fits.
     """
     check_model(model)
+    check_image(faces)
     faces = working_size(_colour(faces), square)
-    conditions, distinct = prompts(embedder, faces)
+    try:
+        conditions, distinct = prompts(embedder, faces)
+    except Exception as error:
+        if not host.is_out_of_memory(error):
+            raise
+        raise _does_not_fit(faces) from None
     if conditions.shape[-1] != CONTEXT:
         raise InputError(f"embedder: its prompts have width {conditions.shape[-1]}, the model reads {CONTEXT}")
-    restored = []
-    for start in range(0, len(faces), at_once):
+    restored, done = [], 0
+    while done < len(faces):
         host.check_interrupt()
-        some = slice(start, start + at_once)
-        latents = encode(vae, faces[some], None if seed is None else seed + start)
-        clean = sample(model, [[conditions[some], {}]], prescaled(latents, timestep), timestep)
-        restored.append(vae.decode(clean).movedim(-1, 1)[..., : faces.shape[-2], : faces.shape[-1]])
+        some = slice(done, done + at_once)
+        try:
+            latents = encode(vae, faces[some], None if seed is None else seed + done)
+            clean = sample(model, [[conditions[some], {}]], prescaled(latents, timestep), timestep)
+            restored.append(vae.decode(clean).movedim(-1, 1)[..., : faces.shape[-2], : faces.shape[-1]])
+        except Exception as error:
+            if not host.is_out_of_memory(error):
+                raise
+            error.__traceback__ = None  # its frames hold the tensors that did not fit
+            host.release_memory(host.device())
+            together = len(faces[some])
+            if together == 1:
+                raise _does_not_fit(faces) from None
+            at_once = together // 2
+            logger.warning("out of memory: going on with %d faces at a time", at_once)
+            continue
+        done += at_once
     result = torch.cat(restored).float()
     return (result if colour is None else colours.fix_colours(result, faces, colour)), distinct

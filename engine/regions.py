@@ -12,6 +12,7 @@ from ..models.degradation import Degradation
 from . import classify, host
 from .loaded import LoadedRestorer
 from .mix import low_frequencies
+from .values import check_image, check_mask
 
 CLEAN = "clean"
 
@@ -24,6 +25,7 @@ def region(
     softness: width of the rise from 0 to 1 around the threshold, in values; 0 is a hard edge. feather: sigma in pixels of
     a Gaussian over the result.
     """
+    check_mask(values, "map")
     if softness > 0:
         rise = ((values.float() - threshold) / softness + 0.5).clamp(0, 1)
         mask = rise * rise * (3 - 2 * rise)
@@ -49,6 +51,7 @@ def degradation_map(
     interpolates between their centres. label "": the most probable one of the whole batch other than "clean"; with
     "clean" itself the map says where nothing is wrong. Raises InputError for a label that the classifier does not know.
     """
+    check_image(image)
     side = window or int(classifier.restorer.config.get("window") or classify.WINDOW)
     height, width = image.shape[-2:]
     h, w = min(side, height), min(side, width)

@@ -15,13 +15,20 @@ from ..errors import InputError, MissingDependency
 from ..models.moce_ir import Routing
 from .pictures import difference_map, from_pil, heat_map, labelled, to_pil
 from .quality import offline
+from .values import clamped
 
 
 def match_size(image: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`image` [B, C, H, W] bicubically resized to the size of `like`, unchanged if it has it already."""
+    """`image` [B, C, H, W] bicubically resized to the size of `like`, unchanged if it has it already.
+
+    Raises InputError for pictures without pixels.
+    """
     if image.shape[-2:] == like.shape[-2:]:
         return image
-    return F.interpolate(image, size=like.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
+    if 0 in (*image.shape[-2:], *like.shape[-2:]):
+        sizes = " and ".join(f"{width} x {height}" for height, width in (image.shape[-2:], like.shape[-2:]))
+        raise InputError(f"image: {sizes} pixels cannot be brought to one size; connect pictures that are not empty")
+    return clamped(F.interpolate(image, size=like.shape[-2:], mode="bicubic", antialias=True), image)
 
 
 def same_batch(images: list[torch.Tensor]) -> list[torch.Tensor]:

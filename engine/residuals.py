@@ -13,6 +13,7 @@ from . import host, tiling
 from .loaded import LoadedRestorer
 from .pictures import from_pil, heat_map
 from .report import match_size
+from .values import check_mask, clamped
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +35,7 @@ def first_pass(
         loaded, colour, tile=tile, overlap=overlap, precision=precision, context={"strength": 0.0}, clamp=False
     )
     residual = Residual(colour.to(restored.device) - restored)
-    if image.shape[1] == 4:
-        restored = torch.cat([restored, image[:, 3:].to(restored.device)], dim=1)
-    return restored.clamp(0, 1), residual
+    return clamped(tiling.as_given(restored, image, loaded.restorer.scale), image), residual
 
 
 def from_pictures(
@@ -50,6 +49,7 @@ def from_pictures(
     colour = tiling.as_rgb(degraded)
     difference = colour - match_size(tiling.as_rgb(restored), colour).to(colour)
     if mask is not None:
+        check_mask(mask)
         if len(mask) not in (1, len(degraded)):
             raise InputError(f"mask: {len(mask)} masks for {len(degraded)} pictures; use one, or one per picture")
         difference = difference * match_size(mask[:, None].to(difference), difference)
@@ -63,17 +63,28 @@ def encode(loaded: LoadedRestorer, residual: Residual) -> Residual:
     """
     _transport_map(loaded)
     target, parts = host.device(), []
-    if tiling.activation_bytes(loaded, residual.image[:1], torch.float32) > host.working_memory(target):
+    fits = tiling.activation_bytes(loaded, residual.image[:1], torch.float32) <= host.working_memory(target)
+    progress = host.progress(len(residual))
+    for index in range(len(residual) if fits else 0):
+        try:
+            parts.append(_encoded(loaded, residual[index : index + 1]))
+        except Exception as error:
+            if not host.is_out_of_memory(error):
+                raise
+            error.__traceback__ = None  # its frames hold the tensors that did not fit
+            host.release_memory(target)
+            break
+        progress.update()
+    if len(parts) < len(residual):
         logger.warning("residual: too large to encode whole, it will be encoded tile by tile")
         return residual
-    progress = host.progress(len(residual))
-    for index in range(len(residual)):
-        one = residual[index : index + 1]
-        with loaded.managed.on_device(tiling.activation_bytes(loaded, one.image, torch.float32)) as (module, device):
-            parts.append(module.encode_residual(one.to(device)).to(host.intermediate_device()))
-        progress.update()
     embeddings = tuple(torch.cat(level) for level in zip(*(p.embeddings for p in parts), strict=True))
     return Residual(torch.cat([p.image for p in parts]), embeddings)
+
+
+def _encoded(loaded: LoadedRestorer, residual: Residual) -> Residual:
+    with loaded.managed.on_device(tiling.activation_bytes(loaded, residual.image, torch.float32)) as (module, device):
+        return module.encode_residual(residual.to(device)).to(host.intermediate_device())
 
 
 def restore(

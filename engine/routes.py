@@ -34,12 +34,16 @@ def route(loaded: LoadedRestorer, image: torch.Tensor, noise: float = 0.0, seed:
     progress, parts = host.progress(len(image)), []
     for index in range(len(image)):
         picture = tiling.reduced(loaded, tiling.as_rgb(image[index : index + 1]), torch.float32, host.device())
-        with loaded.managed.on_device(tiling.activation_bytes(loaded, picture, torch.float32)) as (module, device):
-            padded, _ = pad_to_multiple(picture.to(device), loaded.restorer.multiple_of, loaded.restorer.minimum_size)
-            its_noise = None if draws is None else draws[:, index : index + 1].to(device)
-            parts.append(module.route(padded, its_noise).to(host.intermediate_device()))
+        its_noise = None if draws is None else draws[:, index : index + 1]
+        parts.append(tiling.until_it_fits(loaded, picture, lambda p, noise=its_noise: _route(loaded, p, noise)))
         progress.update()
     return moce_routing.join(parts, tuple(network.decoder_blocks))
+
+
+def _route(loaded: LoadedRestorer, picture: torch.Tensor, noise: torch.Tensor | None) -> Routing:
+    with loaded.managed.on_device(tiling.activation_bytes(loaded, picture, torch.float32)) as (module, device):
+        padded, _ = pad_to_multiple(picture.to(device), loaded.restorer.multiple_of, loaded.restorer.minimum_size)
+        return module.route(padded, None if noise is None else noise.to(device)).to(host.intermediate_device())
 
 
 def sweep(loaded: LoadedRestorer, image: torch.Tensor) -> torch.Tensor:

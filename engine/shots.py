@@ -63,6 +63,7 @@ def _distance(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch
 
 def scores(images: torch.Tensor) -> list[float]:
     """How much each frame of [B, C, H, W] looks like the first of a new shot, 0 to 1."""
+    tiling.check_image(images)
     detector, found = ShotDetector(), []
     for index in range(len(images)):
         host.check_interrupt()
@@ -110,6 +111,6 @@ def decide(loaded: LoadedRestorer, frame: torch.Tensor, given: Mapping[str, Any]
     needed = tiling.activation_bytes(loaded, colour, torch.float32)
     with torch.inference_mode(), loaded.managed.on_device(needed) as (_, device):
         reduced = tiling.reduced(loaded, colour, torch.float32, device)
-        context = loaded.restorer.context(reduced.to(device))
+        context = tiling.until_it_fits(loaded, reduced, lambda picture: loaded.restorer.context(picture.to(device)))
     kept = {**loaded.options, **(given or {})}
     return {name: value for name, value in context.items() if name not in kept}

@@ -15,6 +15,7 @@ import torch
 from ..errors import InputError
 from . import host
 from .flow import box, optical_flow, visible, warp
+from .values import check_image
 
 STRENGTH = 0.8
 TOLERANCE = 0.05
@@ -63,7 +64,10 @@ class Stabiliser:
         # A running mean: the n-th frame of a spot counts 1/n, until `strength` bounds its memory.
         count = warp(self.weight, flow, "bilinear") * trust
         share = (count / (count + 1)).clamp(max=self.strength)
-        self.last, self.weight = torch.lerp(frame, past, share), count + 1
+        # Bicubic interpolation overshoots at edges; an average lies between what it averages.
+        both = torch.cat([frame, self.last])
+        low, high = both.amin(dim=(0, 2, 3), keepdim=True), both.amax(dim=(0, 2, 3), keepdim=True)
+        self.last, self.weight = torch.lerp(frame, past, share).clamp(low, high), count + 1
         return self.last
 
     def _similarity(self, difference: torch.Tensor) -> torch.Tensor:
@@ -83,7 +87,11 @@ def stabilise(
     tolerance: float = TOLERANCE,
     shots: Collection[int] = (0,),
 ) -> torch.Tensor:
-    """[B, C, H, W], the frames of a video in order, steadied; `shots` are the numbers of their first frames."""
+    """[B, C, H, W], the frames of a video in order, steadied; `shots` are the numbers of their first frames.
+
+    Raises InputError for frames that are empty or not finite.
+    """
+    check_image(images)
     stabiliser, progress = Stabiliser(strength, tolerance), host.progress(len(images))
     result = torch.empty_like(images, dtype=torch.float32)
     for index in range(len(images)):

@@ -82,10 +82,21 @@ def routes(loaded: LoadedRestorer, image: torch.Tensor) -> torch.Tensor:
         if network.in_chans == 1:
             colour = colour.mean(dim=1, keepdim=True)
         picture = tiling.reduced(loaded, colour, torch.float32, host.device())
-        with loaded.managed.on_device(tiling.activation_bytes(loaded, picture, torch.float32)) as (module, device):
-            parts.append(module.routes(picture.to(device), mode.choosers()[0]).to(host.intermediate_device()))
+        parts.append(tiling.until_it_fits(loaded, picture, lambda p: _routes(loaded, p, mode)))
         progress.update()
+    size = min((part.shape[-2:] for part in parts), key=lambda s: s[0])
+    parts = [part if part.shape[-2:] == size else _nearest(part, size) for part in parts]
     return torch.cat(parts, dim=1)
+
+
+def _routes(loaded: LoadedRestorer, picture: torch.Tensor, mode: RouteMode) -> torch.Tensor:
+    with loaded.managed.on_device(tiling.activation_bytes(loaded, picture, torch.float32)) as (module, device):
+        return module.routes(picture.to(device), mode.choosers()[0]).to(host.intermediate_device())
+
+
+def _nearest(classes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Classes [layers, B, h, w] at another size: where memory ran out midway, later pictures are smaller."""
+    return F.interpolate(classes.float(), size=size, mode="nearest").to(classes)
 
 
 def class_map(classes: torch.Tensor, image: torch.Tensor, opacity: float) -> torch.Tensor:

@@ -12,17 +12,19 @@ import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from ..errors import InputError, OutOfMemoryError
+from ..models import registry
 from ..models.layers.padding import pad_to_multiple
 from . import host, memory
 from .alpha import fill_transparent, upscale_alpha
 from .loaded import LoadedRestorer
 from .pictures import to_pil
+from .values import check_image, clamped
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,9 @@ SMALLEST_TILE = 64
 DEFAULT_OVERLAP = 64
 """For networks that see the whole picture anyway: enough for their local layers."""
 PREVIEW_SIDE = 512
+TAKEN_BY = {"routing": "moce-ir", "degradation": "vlu-net"}
+"""Which system's networks take what comes over a wire of its own."""
+Result = TypeVar("Result")
 _warned: weakref.WeakSet[host.Managed] = weakref.WeakSet()
 
 
@@ -137,6 +142,7 @@ def restore(
     Raises InputError for a picture that cannot be restored, OutOfMemoryError if the smallest tile does not fit.
     """
     check_image(image)
+    check_context(loaded, context or {})
     given = {**loaded.options, **(context or {})}
     batch, channels, height, width = image.shape
     scale = loaded.restorer.scale
@@ -150,10 +156,7 @@ def restore(
     if wanted == 1:
         result = result.reshape(batch, 3, *result.shape[-2:])
     result = as_given(result, image, scale)
-    if not clamp:
-        return result
-    # Values above white are kept where the picture had them.
-    return result.clamp_(0.0, None if float(image.max()) > 1.0 else 1.0)
+    return clamped(result, image) if clamp else result
 
 
 def as_given(restored: torch.Tensor, image: torch.Tensor, scale: int) -> torch.Tensor:
@@ -166,18 +169,13 @@ def as_given(restored: torch.Tensor, image: torch.Tensor, scale: int) -> torch.T
     return restored
 
 
-def check_image(image: torch.Tensor, name: str = "image") -> None:
-    """Raises InputError unless [B, 1..4, H, W] with finite values and at least one pixel."""
-    if image.ndim != 4 or image.shape[1] not in (1, 2, 3, 4):
-        raise InputError(f"{name}: expected a batch of pictures with 1, 3 or 4 channels, got {tuple(image.shape)}")
-    if min(image.shape) == 0:
-        raise InputError(f"{name}: empty, {tuple(image.shape)}; connect at least one picture of at least one pixel")
-    bad = int((~torch.isfinite(image)).sum())
-    if bad:
-        raise InputError(
-            f"{name}: {bad} values are NaN or infinite; the node before this one failed (often half precision in a "
-            "VAE: try its fp32 option)"
-        )
+def check_context(loaded: LoadedRestorer, context: Mapping[str, Any]) -> None:
+    """Raises InputError if something is connected that this network does not take."""
+    here = loaded.restorer.architecture
+    for name, system in TAKEN_BY.items():
+        if name in context and here.system != system:
+            taker = min(a.title for a in registry.architectures() if a.system == system)
+            raise InputError(f"{name}: {here.title} takes none, only {taker} does; disconnect it, or load a {taker}")
 
 
 def _per_channel(colour: torch.Tensor) -> torch.Tensor:
@@ -359,10 +357,42 @@ def _shared_context(
     """What the network decides once per picture, from the whole picture, reduced if it would not fit."""
     if loaded.restorer.architecture.context is None:
         return {}
-    image = reduced(loaded, image, dtype, device)
-    with _precision(device, dtype):
-        context = loaded.restorer.context(image.to(device))
+
+    def decide(picture: torch.Tensor) -> dict[str, Any]:
+        with _precision(device, dtype):
+            return loaded.restorer.context(picture.to(device))
+
+    context = until_it_fits(loaded, reduced(loaded, image, dtype, device), decide)
     return {k: v for k, v in context.items() if k not in given}
+
+
+def until_it_fits(loaded: LoadedRestorer, image: torch.Tensor, look: Callable[[torch.Tensor], Result]) -> Result:
+    """look(image), for what is read off a whole picture [B, C, H, W] and says little of its size: a route, a vector.
+
+    After running out of memory of the picture at half its size, and so on. Raises OutOfMemoryError if even a picture
+    of the smallest tile's size does not fit.
+    """
+    restorer = loaded.restorer
+    while True:
+        try:
+            return look(image)
+        except Exception as error:
+            if not host.is_out_of_memory(error):
+                raise
+            error.__traceback__ = None  # its frames hold the tensors that did not fit
+        host.release_memory(host.device())
+        height, width = image.shape[-2:]
+        if max(height, width) <= SMALLEST_TILE:
+            raise OutOfMemoryError(
+                f"{restorer.architecture.title}: what it decides on the whole picture does not fit into memory even for "
+                f"{width} x {height} pixels; close other programs, unload other models, or use a smaller network"
+            )
+        image = F.interpolate(image, size=[max(1, side // 2) for side in (height, width)], mode="area")
+        logger.warning(
+            "out of memory: %s looks at the whole picture reduced to %d x %d pixels",
+            restorer.architecture.title,
+            *image.shape[:1:-1],
+        )
 
 
 def reduced(loaded: LoadedRestorer, image: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -12,6 +12,7 @@ from ..errors import InputError
 from . import tiling
 from .loaded import LoadedRestorer
 from .pictures import false_colour
+from .values import clamped
 
 
 def restore(
@@ -50,7 +51,7 @@ def restore(
         output_channels=6,
     )
     restored = tiling.as_given(six[:, :3], image, loaded.restorer.scale)
-    return restored.clamp(0, 1), six[:, 3:].mean(dim=1)
+    return clamped(restored, image), six[:, 3:].mean(dim=1)
 
 
 def white_level(raw: torch.Tensor, white: float = 0.0) -> float:

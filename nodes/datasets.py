@@ -10,7 +10,7 @@ from ..training import datasets
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first
-from .inputs import accepted, first_problem
+from .inputs import accepted, fingerprint, first_problem
 
 CATEGORY = "Mend/training"
 SLOTS = 4
@@ -96,8 +96,8 @@ class _FolderNode:
         return accepted(train.input_folder, folder)
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, **others: Any) -> str:
-        return _newest(train.input_folder(folder))
+    def fingerprint_inputs(cls, folder: str | None = None, **others: Any) -> str:
+        return fingerprint(lambda: _newest(train.input_folder(folder)), folder)
 
 
 class PairedFolder(_FolderNode, io.ComfyNode):
@@ -197,6 +197,12 @@ class DatasetFromImages(io.ComfyNode):
         return _show(datasets.images(channels_first(clean), twins, tasks, label, held_out), shown, crop)
 
 
+def _manifest_folder(folder: str) -> Path:
+    """The folder that is named, or the one of the manifest that is named, as Make Dataset does."""
+    file = Path(folder.strip().strip('"')).expanduser()
+    return file.parent if file.name == datasets.MANIFEST and file.is_file() else train.input_folder(folder)
+
+
 class DatasetManifest(_FolderNode, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -235,12 +241,16 @@ class DatasetManifest(_FolderNode, io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, **others: Any) -> str:
-        return _newest(train.input_folder(folder) / datasets.MANIFEST)
+    def validate_inputs(cls, folder: str | None) -> bool | str:
+        return accepted(_manifest_folder, folder)
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str | None = None, **others: Any) -> str:
+        return fingerprint(lambda: _newest(_manifest_folder(folder) / datasets.MANIFEST), folder)
 
     @classmethod
     def execute(cls, folder, mu_from=0.0, mu_to=1.0, held_out=0.1, shown=8, crop=96) -> io.NodeOutput:
-        return _show(datasets.manifest(train.input_folder(folder), held_out, (mu_from, mu_to)), shown, crop)
+        return _show(datasets.manifest(_manifest_folder(folder), held_out, (mu_from, mu_to)), shown, crop)
 
 
 class MixDatasets(io.ComfyNode):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..engine import host
+from ..engine.values import check_values
 from ..training.degradations import KINDS, Degradation, degrade, describe, parse
 from .api import advanced, io
 from .images import as_image, channels_first
@@ -92,6 +93,7 @@ class DegradeImage(io.ComfyNode):
         chosen = ((degradation, strength), (second, second_strength), (third, third_strength))
         chain = parse(recipe) or [Degradation(kind, amount) for kind, amount in chosen if kind != _NONE]
         picture = channels_first(image)
+        check_values(picture)
         colours = picture.shape[1] - (picture.shape[1] in (2, 4))  # what comes after the colours is transparency
         host.check_interrupt()
         damaged, done = degrade(picture[:, :colours], chain, seed)

@@ -6,7 +6,7 @@ from ..engine import ensemble, uncertainty
 from . import sockets
 from .api import advanced, io
 from .images import as_image, as_mask, channels_first
-from .inputs import Precision, first_problem, one_of, tiling_inputs
+from .inputs import Precision, chosen, first_problem, one_of, tiling_inputs
 
 COUNTS = {"2 (mirrored)": 2, "4 (mirrored both ways)": 4, "8 (and turned)": 8}
 
@@ -61,8 +61,9 @@ class SelfEnsemble(Precision, io.ComfyNode):
     def execute(
         cls, restorer, image, ways="8 (and turned)", white=0.0, tile=0, overlap=-1, precision="auto"
     ) -> io.NodeOutput:
+        count = COUNTS[chosen("ways", ways, COUNTS)]
         restored, raw = ensemble.restore(
-            restorer, channels_first(image), COUNTS[ways], tile=tile, overlap=overlap, precision=precision
+            restorer, channels_first(image), count, tile=tile, overlap=overlap, precision=precision
         )
         level = uncertainty.white_level(raw, white)
         return io.NodeOutput(

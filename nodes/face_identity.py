@@ -6,7 +6,7 @@ from ..engine import face_identity, journal
 from . import sockets
 from .api import io
 from .images import as_image, channels_first
-from .inputs import accepted
+from .inputs import accepted, fingerprint
 
 
 class FaceIdentity(io.ComfyNode):
@@ -55,8 +55,8 @@ class FaceIdentity(io.ComfyNode):
         return accepted(face_identity.path, model_name)
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, **others) -> str:
-        return "" if model_name is None else journal.identity(face_identity.path(model_name))
+    def fingerprint_inputs(cls, model_name: str | None = None, **others) -> str:
+        return fingerprint(lambda: journal.identity(face_identity.path(model_name)), model_name)
 
     @classmethod
     def execute(cls, before, after, faces, model_name, faces_after=None) -> io.NodeOutput:

@@ -7,7 +7,7 @@ from ..engine import faces as faces_module
 from . import sockets
 from .api import advanced, io
 from .images import as_image, as_mask, channels_first, connected_mask
-from .inputs import one_of
+from .inputs import chosen, one_of
 
 COLOURS = ["none", *colours.METHODS]
 WITHOUT_FACES = ["stop", "carry on"]
@@ -161,7 +161,7 @@ class AlignFaces(io.ComfyNode):
     @classmethod
     def execute(cls, image, faces, size=512, context=1.0, without_faces="stop") -> io.NodeOutput:
         pictures = channels_first(image)
-        if not len(faces) and without_faces == "carry on":
+        if chosen("without_faces", without_faces, WITHOUT_FACES) == "carry on" and not len(faces):
             faces = faces_module.nobody(pictures)
         faces = faces.zoomed(context)
         return io.NodeOutput(as_image(faces_module.align(pictures, faces, size)), faces)
@@ -239,12 +239,13 @@ class PasteFaces(io.ComfyNode):
     def execute(
         cls, image, crops, faces, feather=0.1, colour_match="none", opacity=1.0, detail=1.0, mask=None
     ) -> io.NodeOutput:
+        colour = chosen("colour_match", colour_match, COLOURS)
         pasted, covered = faces_module.paste(
             channels_first(image),
             channels_first(crops),
             faces,
             feather=feather,
-            colour=None if colour_match == "none" else colour_match,
+            colour=None if colour == "none" else colour,
             detail=detail,
             opacity=opacity,
             mask=connected_mask(mask),

@@ -10,7 +10,7 @@ from . import sockets
 from .api import advanced, io
 from .gendeg_inputs import CATEGORY, KINDS, caption_input, kind_input, mu_input, sigma_input
 from .images import as_image, channels_first
-from .inputs import accepted, one_of, seed_input
+from .inputs import accepted, fingerprint, one_of, seed_input
 
 GENDEG = f"{CATEGORY}/GenDeg"
 
@@ -62,8 +62,8 @@ class LoadGenDeg(io.ComfyNode):
         return accepted(gendeg.checkpoint_path, model_name)
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, averaged: bool) -> str:
-        return journal.identity(gendeg.checkpoint_path(model_name))
+    def fingerprint_inputs(cls, model_name: str | None = None, **others) -> str:
+        return fingerprint(lambda: journal.identity(gendeg.checkpoint_path(model_name)), model_name)
 
     @classmethod
     def execute(cls, model_name: str, averaged: bool = True) -> io.NodeOutput:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..engine import journal, model_folder
+from ..errors import InputError, MendError
 from .api import advanced, io
 
 PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
@@ -17,6 +18,14 @@ def one_of(name: str, value: Any, options: Iterable[str]) -> bool | str:
     return True if value is None or value in options else f"{name}: {value!r} is not one of {', '.join(options)}"
 
 
+def chosen(name: str, value: Any, options: Iterable[str]) -> Any:
+    """The value, when the node runs; raises InputError for one that came over a wire and is none of the options."""
+    problem = one_of(name, value, options)
+    if problem is not True:
+        raise InputError(problem)
+    return value
+
+
 def accepted(check: Callable[[Any], Any], value: Any) -> bool | str:
     """What `validate_inputs` returns where `check(value)` raises if it refuses the value; None as for `one_of`."""
     try:
@@ -25,6 +34,20 @@ def accepted(check: Callable[[Any], Any], value: Any) -> bool | str:
     except Exception as error:
         return str(error)
     return True
+
+
+def fingerprint(of_files: Callable[[], str], *named: Any) -> str:
+    """What `fingerprint_inputs` returns for files that inputs name: `of_files()`.
+
+    "" where a wire brings a name, which is not known yet: ComfyUI runs a node again anyway when one above it did. "" also
+    for files that are not there: what is wrong with them is said when the node runs.
+    """
+    if any(name is None for name in named):
+        return ""
+    try:
+        return of_files()
+    except (MendError, OSError):
+        return ""
 
 
 def first_problem(*checks: bool | str) -> bool | str:
@@ -52,8 +75,8 @@ class ModelFile:
         return accepted(model_folder.model_path, model_name)
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, **others: Any) -> str:
-        return journal.identity(model_folder.model_path(model_name))
+    def fingerprint_inputs(cls, model_name: str | None = None, **others: Any) -> str:
+        return fingerprint(lambda: journal.identity(model_folder.model_path(model_name)), model_name)
 
 
 def precision_input(default: str = "auto", tooltip: str = "") -> io.Input:

@@ -15,7 +15,7 @@ from ..training.objectives.recipes import (
 )
 from . import sockets
 from .api import advanced, io
-from .inputs import first_problem, one_of
+from .inputs import chosen, first_problem, one_of
 
 CATEGORY = "Mend/training"
 SLOTS = 4
@@ -129,7 +129,8 @@ class Uncertainty(io.ComfyNode):
 
     @classmethod
     def execute(cls, tasks="data set", accumulate="as published") -> io.NodeOutput:
-        return io.NodeOutput(UncertaintyObjective(tasks, _ACCUMULATE[accumulate]))
+        tasks = chosen("tasks", tasks, _TUR_SETTINGS)
+        return io.NodeOutput(UncertaintyObjective(tasks, _ACCUMULATE[chosen("accumulate", accumulate, _ACCUMULATE)]))
 
 
 class Classification(io.ComfyNode):
@@ -184,7 +185,7 @@ class Classification(io.ComfyNode):
 
     @classmethod
     def execute(cls, mode="dcpt", gamma=2.0, stages="", blocks=2) -> io.NodeOutput:
-        return io.NodeOutput(ClassificationObjective(mode, gamma, stages, blocks))
+        return io.NodeOutput(ClassificationObjective(chosen("mode", mode, _DCPT_MODES), gamma, stages, blocks))
 
 
 class Transport(io.ComfyNode):
@@ -373,7 +374,7 @@ class Denoising(io.ComfyNode):
 
     @classmethod
     def execute(cls, kind="denoising", levels=40) -> io.NodeOutput:
-        return io.NodeOutput(DenoisingObjective(kind == "consistency", levels))
+        return io.NodeOutput(DenoisingObjective(chosen("kind", kind, _PRIORS) == "consistency", levels))
 
 
 class CombineObjectives(io.ComfyNode):

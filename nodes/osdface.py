@@ -8,7 +8,7 @@ from . import sockets
 from .api import advanced, io
 from .faces import COLOURS
 from .images import as_image, channels_first
-from .inputs import accepted, first_problem, one_of, seed_input
+from .inputs import accepted, chosen, fingerprint, first_problem, one_of, seed_input
 
 CATEGORY = "Mend/faces/OSDFace"
 IN_TOKENIZER = "in the tokenizer's file"
@@ -76,9 +76,9 @@ class LoadFaceEmbedder(io.ComfyNode):
         return first_problem(accepted(model_folder.model_path, tokenizer), accepted(model_folder.model_path, own_file))
 
     @classmethod
-    def fingerprint_inputs(cls, tokenizer: str, projection: str) -> str:
-        files = (name for name in (tokenizer, projection) if name not in (None, IN_TOKENIZER))
-        return ":".join(journal.identity(model_folder.model_path(name)) for name in files)
+    def fingerprint_inputs(cls, tokenizer: str | None = None, projection: str | None = None) -> str:
+        files = [name for name in (tokenizer, projection) if name not in (None, IN_TOKENIZER)]
+        return fingerprint(lambda: ":".join(journal.identity(model_folder.model_path(name)) for name in files))
 
     @classmethod
     def execute(cls, tokenizer: str, projection: str = IN_TOKENIZER) -> io.NodeOutput:
@@ -167,8 +167,8 @@ class FaceLora(io.ComfyNode):
         return accepted(model_folder.lora_path, lora_name)
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **others) -> str:
-        return "" if lora_name is None else journal.identity(model_folder.lora_path(lora_name))
+    def fingerprint_inputs(cls, lora_name: str | None = None, **others) -> str:
+        return fingerprint(lambda: journal.identity(model_folder.lora_path(lora_name)), lora_name)
 
     @classmethod
     def execute(cls, model, lora_name, strength=1.0, strict=True) -> io.NodeOutput:
@@ -237,7 +237,8 @@ class EncodeFace(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, image, latent="deterministic", seed=0) -> io.NodeOutput:
-        samples = osdface.encode(vae, channels_first(image), seed if latent == "drawn" else None)
+        drawn = chosen("latent", latent, LATENTS) == "drawn"
+        samples = osdface.encode(vae, channels_first(image), seed if drawn else None)
         return io.NodeOutput({"samples": samples})
 
 
@@ -310,14 +311,15 @@ class RestoreFaces(io.ComfyNode):
         square_size=512,
         faces_at_once=8,
     ) -> io.NodeOutput:
+        drawn, colour = chosen("latent", latent, LATENTS) == "drawn", chosen("colour_fix", colour_fix, COLOURS)
         restored, distinct = osdface.restore(
             model,
             vae,
             embedder,
             channels_first(image),
-            seed=seed if latent == "drawn" else None,
+            seed=seed if drawn else None,
             square=square_size,
-            colour=None if colour_fix == "none" else colour_fix,
+            colour=None if colour == "none" else colour,
             at_once=faces_at_once,
         )
         return io.NodeOutput(as_image(restored), osdface.describe_tokens(distinct, embedder.prompter.tokens))

@@ -9,7 +9,7 @@ from ..models.mambairv2 import ROUTE_MODES
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first
-from .inputs import Precision, one_of, precision_input, seed_input
+from .inputs import Precision, chosen, one_of, precision_input, seed_input
 
 MODES = list(ROUTE_MODES)
 BACKENDS = ["auto", *kernels.NAMES]
@@ -170,7 +170,7 @@ class ScanBackend(io.ComfyNode):
 
     @classmethod
     def execute(cls, restorer, backend="auto") -> io.NodeOutput:
-        return io.NodeOutput(*state_space.with_scan_backend(restorer, backend))
+        return io.NodeOutput(*state_space.with_scan_backend(restorer, chosen("backend", backend, BACKENDS)))
 
 
 class OfficialTiling(Precision, io.ComfyNode):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..engine import datasets, degraders, folders, loaded, model_folder
+from ..engine import datasets, degraders, folders, journal, loaded, model_folder
 from ..guidance import gendeg as intensities
 from ..training import make_dataset
 from . import sockets
 from .api import advanced, io, ui
 from .gendeg_inputs import CATEGORY, KINDS, caption_input, kind_input, mu_input, sigma_input
 from .images import as_image, channels_first
-from .inputs import ModelFile, one_of, seed_input
+from .inputs import ModelFile, chosen, fingerprint, one_of, seed_input
 
 MODEL, SIMULATION = "degrader", "simulation"
 
@@ -53,6 +53,11 @@ def _degrader() -> io.Input:
 
 def _starter() -> degraders.SmallDegrader:
     return degraders.SmallDegrader(loaded.load(model_folder.model_path(degraders.STARTER)))
+
+
+def _place(name: str) -> Path:
+    """The folder of the data set of this name."""
+    return folders.output_directory() / "datasets" / name
 
 
 class SynthesiseDegradation(io.ComfyNode):
@@ -174,8 +179,17 @@ class MakeDataset(io.ComfyNode):
         return one_of("source", source, [MODEL, SIMULATION])
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs) -> float:
-        return float("nan")  # photographs may have been added
+    def fingerprint_inputs(cls, photos: str | None = None, name: str | None = None, **others) -> str:
+        """Changes when photographs did, and only then: what is trained on the pairs would be trained again."""
+        if "image" in others:
+            return ""
+
+        def of_photos() -> str:
+            files = journal.find_files(folders.require_input_directory(photos), folders.IMAGE_SUFFIXES)
+            made = _place(name)  # may lie below the photographs
+            return journal.fingerprint([(str(f), journal.identity(f)) for f in files if not f.is_relative_to(made)])
+
+        return fingerprint(of_photos, photos, name)
 
     @classmethod
     def execute(
@@ -190,8 +204,8 @@ class MakeDataset(io.ComfyNode):
         degrader=None,
         image=None,
     ) -> io.NodeOutput:
-        out = folders.output_directory() / "datasets" / name
-        painter = None if source == SIMULATION else degrader or _starter()
+        out = _place(name)
+        painter = None if chosen("source", source, [MODEL, SIMULATION]) == SIMULATION else degrader or _starter()
         if image is None:
             pictures = make_dataset.from_folder(folders.require_input_directory(photos), out)
         else:

@@ -7,7 +7,7 @@ from ..errors import InputError
 from . import sockets
 from .api import advanced, io
 from .images import as_image, as_mask, channels_first, connected_mask
-from .inputs import Precision, one_of, tiling_inputs
+from .inputs import Precision, chosen, one_of, tiling_inputs
 
 WAYS = ["amount", "mask", "uncertainty", "degradation"]
 
@@ -146,6 +146,7 @@ class BlendRestorations(io.ComfyNode):
         uncertainty_second=None,
         degradation=None,
     ) -> io.NodeOutput:
+        by = chosen("by", by, WAYS)
         a, b = channels_first(first), channels_first(second)
         needed = {"mask": mask, "uncertainty": uncertainty_first, "degradation": degradation}
         if by in needed and needed[by] is None:
@@ -153,9 +154,9 @@ class BlendRestorations(io.ComfyNode):
         if by == "mask":
             weight = blend.weight_from_mask(connected_mask(mask), a)
         elif by == "uncertainty":
-            given = [connected_mask(m) for m in (uncertainty_first, uncertainty_second)]
+            given = {"uncertainty_first": uncertainty_first, "uncertainty_second": uncertainty_second}
             weight = blend.weight_from_uncertainty(
-                *(None if m is None else blend.weight_from_mask(m, a) for m in given)
+                *(None if m is None else blend.weight_from_mask(connected_mask(m), a, n) for n, m in given.items())
             )
         elif by == "degradation":
             weight = blend.weight_from_degradation(degradation, label or degradation.label(), max(len(a), len(b)))

@@ -12,7 +12,7 @@ from ..engine.stabiliser import TOLERANCE
 from ..engine.video import CODECS, VIDEO_SUFFIXES
 from . import sockets
 from .api import VideoFile, advanced, io, ui
-from .inputs import PRECISIONS, accepted, first_problem, one_of, tiling_inputs
+from .inputs import PRECISIONS, accepted, chosen, fingerprint, first_problem, one_of, tiling_inputs
 
 NO_FILE = "none"
 
@@ -138,9 +138,8 @@ class RestoreVideo(io.ComfyNode):
         return first_problem(one_of("codec", codec, CODECS), one_of("precision", precision, PRECISIONS))
 
     @classmethod
-    def fingerprint_inputs(cls, video: str, **others: object) -> str:
-        path = folders.input_path(video) if video else None
-        return journal.identity(path) if path is not None else ""
+    def fingerprint_inputs(cls, video: str | None = None, **others: object) -> str:
+        return fingerprint(lambda: journal.identity(folders.require_input_path(video)), video)
 
     @classmethod
     def execute(
@@ -235,10 +234,12 @@ class RestoreFolder(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, source: str, **others: object) -> str:
-        folder = folders.require_input_directory(source or "")
-        files = journal.find_files(folder, folders.IMAGE_SUFFIXES | VIDEO_SUFFIXES)
-        return journal.fingerprint([(str(file), journal.identity(file)) for file in files])
+    def fingerprint_inputs(cls, source: str | None = None, **others: object) -> str:
+        def of_folder() -> str:
+            files = journal.find_files(folders.require_input_directory(source), folders.IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+            return journal.fingerprint([(str(file), journal.identity(file)) for file in files])
+
+        return fingerprint(of_folder, source)
 
     @classmethod
     def execute(
@@ -266,7 +267,7 @@ class RestoreFolder(io.ComfyNode):
             restorer,
             folders.require_input_directory(source),
             folder,
-            FolderSettings(format, strength, tile, precision, video),
+            FolderSettings(chosen("format", format, FORMATS), strength, tile, precision, video),
             context=_connected(routing=routing, degradation=degradation),
             subfolders=subfolders,
             videos=videos,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from comfyui_mend import models
+from comfyui_mend.engine import loaded, residuals
 from comfyui_mend.errors import InputError
 from comfyui_mend.models.da_rcot import MRCNet, Potential, Residual
 from comfyui_mend.training.objectives import rcot
@@ -191,3 +192,12 @@ def test_the_potential_learns_to_prefer_clean_pictures() -> None:
         optimiser.step()
     with torch.no_grad():
         assert critic(target).mean() > critic(restored).mean()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_the_first_pass_keeps_grey_pictures_grey_and_transparency(network: MRCNet, channels: int) -> None:
+    image = torch.rand(1, channels, 16, 24)
+    restored, residual = residuals.first_pass(loaded.wrap(restorer(network)), image)
+    assert restored.shape == image.shape and residual.image.shape == (1, 3, 16, 24)
+    if channels in (2, 4):
+        assert torch.equal(restored[:, -1], image[:, -1])

@@ -13,10 +13,12 @@ import torch
 
 from comfyui_mend import models
 from comfyui_mend.bench import memory as bench_memory
-from comfyui_mend.engine import host, loaded, memory, model_folder, tiling
-from comfyui_mend.errors import Cancelled
+from comfyui_mend.engine import host, loaded, memory, model_folder, osdface, residuals, routes, state_space, tiling
+from comfyui_mend.errors import Cancelled, OutOfMemoryError
 
-from .support import local_restorer
+from .support import local_restorer, wrapped
+from .test_da_rcot import SMALL as RCOT
+from .test_state_space import V2 as MAMBAIRV2
 
 SIZE, TILE = (1, 3, 260, 130), 128
 CPU = torch.device("cpu")
@@ -171,3 +173,78 @@ def test_measuring_writes_a_row_that_planning_reads(tmp_path: Path, monkeypatch,
     finally:
         host.set_device(None)
         memory.table.cache_clear()
+
+
+def small_moce() -> loaded.LoadedRestorer:
+    shape = {"num_blocks": (1, 1), "num_dec_blocks": (1,), "heads": (1, 2), "num_refinement_blocks": 1}
+    return wrapped("moce-ir", {"dim": 8, "num_experts": 2, "ffn_expansion_factor": 2, **shape})
+
+
+def limited(monkeypatch, module: torch.nn.Module, method: str, pixels: int) -> list[int]:
+    """Lets `module.method` run out of memory above so many pixels; what it was called with is noted."""
+    original, seen = getattr(module, method), []
+
+    def call(image, *args, **kwargs):
+        shown = getattr(image, "image", image)
+        seen.append(shown.shape[-2] * shown.shape[-1])
+        if seen[-1] > pixels:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(image, *args, **kwargs)
+
+    monkeypatch.setattr(module, method, call)
+    return seen
+
+
+def test_a_route_that_does_not_fit_is_decided_on_a_smaller_picture(monkeypatch, caplog):
+    restorer, image = small_moce(), torch.rand(1, 3, 96, 160)
+    limited(monkeypatch, restorer.restorer.module, "forward", 64 * 64)
+    seen = limited(monkeypatch, restorer.restorer.module, "route", 48 * 80)
+    assert tiling.restore(restorer, image, tile=96).isfinite().all()  # with tiles of 64 in the end
+    assert "looks at the whole picture reduced to 80 x 48 pixels" in caplog.text
+    seen.clear()
+    assert len(routes.route(restorer, image)) == 1 and seen == [96 * 160, 48 * 80]
+    assert len(routes.sweep(restorer, image)) == 3
+    limited(monkeypatch, restorer.restorer.module, "route", 10)
+    with pytest.raises(OutOfMemoryError, match="what it decides on the whole picture does not fit"):
+        routes.route(restorer, image)
+
+
+def test_a_map_of_routes_that_does_not_fit_is_made_of_smaller_pictures(monkeypatch):
+    restorer = wrapped("mambairv2", MAMBAIRV2)
+    limited(monkeypatch, restorer.restorer.module, "routes", 40 * 48)
+    image = torch.rand(2, 3, 80, 96)
+    assert state_space.routes(restorer, image).shape[1:] == (2, 40, 48)
+
+
+def test_a_residual_that_does_not_fit_is_encoded_tile_by_tile(monkeypatch, caplog):
+    restorer = wrapped("da-rcot", RCOT)
+    residual = residuals.from_pictures(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32))
+    limited(monkeypatch, restorer.restorer.module, "encode_residual", 10)
+    assert residuals.encode(restorer, residual).embeddings is None
+    assert "encoded tile by tile" in caplog.text
+
+
+@pytest.mark.parametrize("fitting", [8, 2, 1, 0])
+def test_faces_that_do_not_fit_together_are_restored_in_smaller_groups(fitting, monkeypatch):
+    groups = []
+
+    def encode(vae, faces, seed=None):
+        if len(faces) > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        groups.append(len(faces))
+        return faces + seed
+
+    monkeypatch.setattr(osdface, "check_model", lambda model: None)
+    monkeypatch.setattr(osdface, "prompts", lambda _, f: (torch.zeros(len(f), 77, osdface.CONTEXT), [0] * len(f)))
+    monkeypatch.setattr(osdface, "encode", encode)
+    monkeypatch.setattr(osdface, "sample", lambda model, conditions, latents, timestep: latents)
+    monkeypatch.setattr(osdface, "prescaled", lambda latents, timestep: latents)
+    vae, faces = SimpleNamespace(decode=lambda latents: latents.movedim(1, -1)), torch.rand(5, 3, 8, 8)
+    if not fitting:
+        with pytest.raises(OutOfMemoryError, match="not even one face of 8 x 8 pixels fits"):
+            osdface.restore(None, vae, None, faces, seed=0, square=0)
+        return
+    restored, _ = osdface.restore(None, vae, None, faces, seed=0, square=0)
+    assert groups == {8: [5], 2: [2, 2, 1], 1: [1] * 5}[fitting]
+    starts = torch.tensor([sum(groups[:i]) for i, n in enumerate(groups) for _ in range(n)])
+    assert torch.equal(restored, faces + starts[:, None, None, None])

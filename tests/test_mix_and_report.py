@@ -98,3 +98,16 @@ def test_colour_is_filled_in_under_transparency_only() -> None:
     assert filled.isfinite().all() and filled.min() >= 0 and filled.max() <= 1
     nothing = alpha.fill_transparent(colour, torch.zeros_like(opacity))
     assert nothing.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(256, 512), (8, 256), (256, 8), (5, 64), (64, 64)])
+def test_colours_under_transparency_come_from_around_in_a_picture_of_any_shape(size) -> None:
+    opaque = torch.zeros(1, 1, *size)
+    opaque[..., : size[1] // 2] = 1
+    filled = alpha.fill_transparent(torch.where(opaque > 0, 0.8, 0.0).expand(1, 3, -1, -1), opaque)
+    assert (filled - 0.8).abs().max() < 1e-5
+
+
+def test_an_unknown_choice_of_bands_is_named() -> None:
+    with pytest.raises(InputError, match="bands: 'nonsense' is not one of Gaussian, guided"):
+        mix.mix(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8), bands="nonsense")

@@ -7,6 +7,8 @@ import os
 
 import pytest
 
+from comfyui_mend.engine import folders
+from comfyui_mend.errors import InputError
 from comfyui_mend.nodes import node_classes
 from comfyui_mend.nodes.inputs import PRECISIONS, ModelFile, accepted, first_problem, one_of
 
@@ -48,3 +50,44 @@ def test_every_node_with_a_precision_or_a_model_file_checks_it():
             assert "model_name" in checked and "fingerprint_inputs" in {k for c in node.__mro__ for k in vars(c)}, node
         elif "precision" in inputs:
             assert "precision" in checked and set(inputs["precision"].options) <= set(PRECISIONS), node
+
+
+LINKED = [
+    n for n in NODES if "fingerprint_inputs" in {k for c in n.__mro__ for k in vars(c) if c.__name__ != "ComfyNode"}
+]
+
+
+@pytest.mark.parametrize("node", LINKED, ids=[n.__name__ for n in LINKED])
+def test_a_linked_input_gives_a_fingerprint_that_stays(node):
+    """ComfyUI passes None for it; an error, or another value each time, would run the node and all below every time."""
+    inputs = {i.id: None for i in node.GET_SCHEMA().inputs or []}
+    first = node.fingerprint_inputs(**inputs)
+    assert isinstance(first, str) and first == node.fingerprint_inputs(**inputs)
+
+
+def test_a_data_set_is_made_again_when_photographs_were_added_and_only_then(tmp_path, monkeypatch):
+    node = {n.GET_SCHEMA().node_id: n for n in NODES}["MendMakeDataset"]
+    monkeypatch.setattr(folders, "output_directory", lambda: tmp_path / "photos")  # results lie below the photographs
+    pairs = tmp_path / "photos" / "datasets" / "mine"
+    pairs.mkdir(parents=True)
+    first = node.fingerprint_inputs(photos=str(tmp_path / "photos"), name="mine")
+    (pairs / "a.png").write_bytes(b"1")
+    assert node.fingerprint_inputs(photos=str(tmp_path / "photos"), name="mine") == first
+    (tmp_path / "photos" / "b.png").write_bytes(b"1")
+    assert node.fingerprint_inputs(photos=str(tmp_path / "photos"), name="mine") != first
+
+
+def test_a_choice_that_comes_over_a_wire_is_checked_when_the_node_runs():
+    nodes = {n.GET_SCHEMA().node_id: n for n in NODES}
+    for name, values, message in (
+        (
+            "MendBlendRestorations",
+            {"first": None, "second": None, "by": "nonsense"},
+            "by: 'nonsense' is not one of amount",
+        ),
+        ("MendSelfEnsemble", {"restorer": None, "image": None, "ways": "9"}, "ways: '9' is not one of 2 "),
+        ("MendUncertaintyObjective", {"tasks": "data set", "accumulate": "never"}, "accumulate: 'never' is not one of"),
+        ("MendMakeDataset", {"source": "magic"}, "source: 'magic' is not one of degrader, simulation"),
+    ):
+        with pytest.raises(InputError, match=message):
+            nodes[name].execute(**values)

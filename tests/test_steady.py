@@ -186,3 +186,11 @@ def test_the_nodes_work_together_and_change_no_input(moce):
     assert torch.equal(clip, before)
     with pytest.raises(InputError, match="two frames"):
         Flicker.execute(clip[:1])
+
+
+def test_steadied_frames_stay_within_the_range_of_the_frames():
+    torch.manual_seed(4)
+    frames = torch.rand(3, 3, 16, 16)
+    steady = stabiliser.stabilise(frames)
+    assert not torch.equal(steady, frames)
+    assert steady.min() >= frames.min() and steady.max() <= frames.max()

@@ -17,6 +17,7 @@ from comfyui_mend import models
 from comfyui_mend.bench import tiles as bench_tiles
 from comfyui_mend.engine import host, loaded, tiling
 from comfyui_mend.errors import Cancelled, InputError, OutOfMemoryError
+from comfyui_mend.models.degradation import Degradation
 
 
 @given(
@@ -282,3 +283,12 @@ def test_a_grey_network_takes_each_channel_by_itself() -> None:
     restored = tiling.restore(grey, image)
     alone = tiling.restore(grey, image[1:, 2:])
     assert restored.shape == image.shape and torch.allclose(restored[1:, 2:], alone, atol=1e-6)
+
+
+def test_what_a_network_does_not_take_is_refused_with_the_one_that_does(moce) -> None:
+    routing = moce.restorer.module.route(torch.rand(1, 3, 32, 32))
+    degradation = Degradation(embedding=torch.rand(1, 512), source="VLU-Net")
+    with pytest.raises(InputError, match="routing: Local takes none, only MoCE-IR does; disconnect it"):
+        tiling.restore(local_restorer(), torch.rand(1, 3, 16, 16), context={"routing": routing})
+    with pytest.raises(InputError, match="degradation: MoCE-IR takes none, only VLU-Net does; disconnect it"):
+        tiling.restore(moce, torch.rand(1, 3, 16, 16), context={"degradation": degradation})

@@ -20,7 +20,7 @@ def restorer_text(loaded: LoadedRestorer) -> str:
         f"{architecture.title} ({architecture.id})",
         f"file: {restorer.source or 'in memory'}",
         f"paper: {architecture.paper}",
-        f"licence: {restorer.metadata.get('licence', architecture.licence)}",
+        f"licence: {restorer.licence}",
         f"for: {', '.join(restorer.tasks) or 'not stated'}",
         f"size: {restorer.parameters:,} parameters, {loaded.size / 1e6:.1f} MB in memory",
         f"scale x{restorer.scale}, pads to multiples of {restorer.multiple_of}",

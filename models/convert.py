@@ -112,7 +112,7 @@ def describe(path: str | Path, system: str | None = None) -> dict[str, Any]:
         "title": architecture.title,
         "kind": architecture.kind,
         "paper": architecture.paper,
-        "licence": architecture.licence,
+        "licence": restorer.licence,
         "tasks": list(restorer.tasks),
         "scale": restorer.scale,
         "multiple of": restorer.multiple_of,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from ..errors import InputError
 from ..kernels import use_backend
 from .layers.padding import crop, pad_to_multiple
 from .registry import Architecture
+
+_OWN_WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
 
 @dataclass
@@ -51,6 +54,12 @@ class Restorer:
     def tasks(self) -> tuple[str, ...]:
         named = self.metadata.get("tasks", "")
         return tuple(t for t in named.split(",") if t) or self.architecture.tasks
+
+    @property
+    def licence(self) -> str:
+        """Of the weights: as the file says it, else Mend's for the files that come with it, else the official ones'."""
+        own = bool(self.source) and (_OWN_WEIGHTS / self.source).is_file()
+        return self.metadata.get("licence") or ("Apache-2.0, as Mend" if own else self.architecture.licence)
 
     @property
     def parameters(self) -> int:

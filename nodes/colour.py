@@ -50,7 +50,7 @@ class ColourFix(io.ComfyNode):
                     )
                 ),
             ],
-            outputs=[io.Image.Output("fixed", display_name="image", tooltip="The pictures, clamped to 0..1.")],
+            outputs=[io.Image.Output("fixed", display_name="image", tooltip="The pictures in 0..1, brighter where the input was.")],
         )
 
     @classmethod

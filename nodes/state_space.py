@@ -197,7 +197,7 @@ class OfficialTiling(Precision, io.ComfyNode):
                 ),
                 precision_input("fp32", "Published figures are 32 bit ones."),
             ],
-            outputs=[io.Image.Output("restored", display_name="image", tooltip="Restored pictures, clamped to 0..1.")],
+            outputs=[io.Image.Output("restored", display_name="image", tooltip="Restored pictures in 0..1, brighter where the input was.")],
         )
 
     @classmethod

@@ -65,7 +65,7 @@ class RemoveWeather(Precision, io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("restored", display_name="image", tooltip="Restored pictures, clamped to 0..1."),
+                io.Image.Output("restored", display_name="image", tooltip="Restored pictures in 0..1, brighter where the input was."),
                 io.Image.Output(
                     "used", display_name="coarse", tooltip="The coarse image that was used, enlarged to the full size."
                 ),

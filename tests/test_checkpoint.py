@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comfyui_mend import models
+from comfyui_mend.engine import host
 from comfyui_mend.errors import CheckpointError, ConfigError, InputError
 from comfyui_mend.models import checkpoint as reading
 from comfyui_mend.models import convert
+from comfyui_mend.training import trainer
 
 CONFIG = {
     "dim": 8,
@@ -495,3 +497,11 @@ def test_verification_notices_a_difference(network, state, tmp_path):
     next(restorer.module.parameters()).add_(1)
     with pytest.raises(CheckpointError, match="differs"):
         convert.verify(restorer, target)
+
+
+def test_a_licence_is_the_files_own_before_the_methods(tmp_path):
+    shipped = models.load(host.PACK / "weights" / "mend-mair-x2-starter.safetensors")
+    assert shipped.licence.startswith("Apache-2.0") and shipped.licence != shipped.architecture.licence
+    for licence in (None, "CC0"):
+        trainer.export(shipped.module, tmp_path / "own.safetensors", "mair", shipped.config, licence=licence)
+        assert models.load(tmp_path / "own.safetensors").licence == (licence or shipped.architecture.licence)

@@ -25,7 +25,7 @@ from ..models.dcpt_classifier import ClassifiedNetwork, classify
 from .data import PairStream, PhotoCrops, Task, load_photos
 from .degradations import Degradation
 from .objectives.dcpt import focal_loss
-from .trainer import export
+from .trainer import OWN_LICENCE, export
 
 logger = logging.getLogger(__name__)
 
@@ -187,10 +187,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, steps = train(load_photos(options.photos / "train"), options.minutes)
     config = json.loads(json.dumps(CONFIG))
     provenance = {"steps": steps, "minutes": options.minutes, "loss": "cross-entropy"}
-    export(module, options.out, ARCHITECTURE, config, training=provenance)  # safe before the long look at validation
+    # Safe before the long look at validation.
+    export(module, options.out, ARCHITECTURE, config, training=provenance, licence=OWN_LICENCE)
     table = confusion(module, load_photos(options.photos / "validation"))
     right = float(table.diagonal().sum() / table.sum())
-    export(module, options.out, ARCHITECTURE, config, training={**provenance, "validation": round(right, 4)})
+    provenance |= {"validation": round(right, 4)}
+    export(module, options.out, ARCHITECTURE, config, training=provenance, licence=OWN_LICENCE)
     options.out.with_suffix(".md").write_text(f"{steps} steps, {100 * right:.1f} % right\n\n{markdown(table)}\n")
     return 0
 

@@ -18,7 +18,7 @@ from .accelerate import accelerate
 from .data import PhotoCrops, load_photos
 from .starters import STARTERS
 from .stopping import stop_request
-from .trainer import Progress, Settings, Trainer, average_exports, export, read_export
+from .trainer import OWN_LICENCE, Progress, Settings, Trainer, average_exports, export, read_export
 from .warm_start import begin_with
 
 
@@ -111,7 +111,7 @@ def _export(arguments: argparse.Namespace) -> int:
     module.load_state_dict(state["average"])
     progress = Progress(**state["progress"])
     training = {**provenance, **progress.spent(), "psnr": progress.scores}
-    export(module, arguments.file, recipe.system, config, recipe.restores, training)
+    export(module, arguments.file, recipe.system, config, recipe.restores, training, licence=OWN_LICENCE)
     return 0
 
 

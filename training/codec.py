@@ -30,7 +30,7 @@ from .data import VALIDATION, PairStream, PhotoCrops, Task, central_crop, load_p
 from .degradations import Degradation
 from .objectives.rate_distortion import LogRateDistortion
 from .stopping import stop_request
-from .trainer import Progress, Settings, Stage, Trainer, export, psnr, validation_set
+from .trainer import OWN_LICENCE, Progress, Settings, Stage, Trainer, export, psnr, validation_set
 
 logger = logging.getLogger(__name__)
 
@@ -303,7 +303,7 @@ def save_weights(codec: nn.Module, path: Path, config: Mapping[str, Any], progre
         "lambda": WEIGHTS,
         "scores": {name: round(value, 3) for name, value in progress.scores.items()},
     }
-    export(codec, path, "aio-codec", json.loads(json.dumps(dict(config))), RESTORES, training)
+    export(codec, path, "aio-codec", json.loads(json.dumps(dict(config))), RESTORES, training, licence=OWN_LICENCE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from ..models.degradation_model import KINDS, DegradationModel
 from .data import PairStream, PhotoCrops, Task, central_squares, load_photos
 from .degradations import Degradation, degrade
 from .stopping import stop_request
-from .trainer import Settings, Stage, Trainer, export
+from .trainer import OWN_LICENCE, Settings, Stage, Trainer, export
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ def write(trainer: Trainer, path: Path, photos: int) -> None:
         "validation loss": {k: round(v, 4) for k, v in progress.scores.items()},
     }
     config = json.loads(json.dumps(CONFIG))
-    export(trainer.average, path, ARCHITECTURE, config, ("degradation synthesis",), provenance)
+    export(trainer.average, path, ARCHITECTURE, config, ("degradation synthesis",), provenance, licence=OWN_LICENCE)
 
 
 if __name__ == "__main__":

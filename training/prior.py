@@ -28,7 +28,7 @@ from ..guidance import priors
 from ..guidance.parametrisation import SIGMA_MIN, edm_weight
 from .data import PhotoCrops, central_squares, load_photos
 from .stopping import stop_request
-from .trainer import Settings, Stage, Trainer, export, psnr, read_export
+from .trainer import OWN_LICENCE, Settings, Stage, Trainer, export, psnr, read_export
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "psnr": {name: round(value, 2) for name, value in progress.scores.items()},
     }
     name, tasks = (CONSISTENCY_NAME, ("prior", "consistency")) if chosen.consistency else (NAME, ("prior",))
-    export(trainer.average, chosen.out / name, SYSTEM, CONFIG, tasks, training)
+    export(trainer.average, chosen.out / name, SYSTEM, CONFIG, tasks, training, licence=OWN_LICENCE)
     logger.info("%s", json.dumps(training))
     return 0
 

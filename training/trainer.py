@@ -341,6 +341,10 @@ class Trainer:
         self.pairs.generator.set_state(state["generators"][1])
 
 
+OWN_LICENCE = "Apache-2.0"
+"""Of weights that were trained from nothing by this project's recipes."""
+
+
 def export(
     module: nn.Module,
     path: Path,
@@ -349,10 +353,11 @@ def export(
     tasks: Sequence[str] = (),
     training: Mapping[str, Any] | None = None,
     half: bool = True,
+    licence: str | None = None,
 ) -> None:
     """Writes the weights as safetensors, with what is needed to build the network and to trust it.
 
-    half: in half precision, half the size.
+    half: in half precision, half the size. licence: of the weights, where they do not come from somebody else's.
     """
     state = {
         name: (value.half() if half and value.is_floating_point() else value).contiguous().clone()
@@ -364,7 +369,7 @@ def export(
         "mend.config": json.dumps(dict(config)),
         "mend.tasks": ",".join(tasks),
         "mend.training": json.dumps(dict(training or {})),
-    }
+    } | ({} if licence is None else {"mend.licence": licence})
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, path, metadata)
 

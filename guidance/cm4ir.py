@@ -208,6 +208,7 @@ PRESETS: dict[str, dict[float, Preset]] = {
         0.025: Preset(150, 0.2, 0, (0.1, 0.1, 0.8, 0.8), True),
         0.05: Preset(150, 0.2, 0, (0.2, 0.3, 0.8, 0.8), True),
     },
+    "inpainting text (bedroom)": {0.025: Preset(150, 0.2, 0, (0.2, 0.3, 0.8, 0.8), True)},
     "inpainting (cat)": {
         0.025: Preset(150, 0.2, 0, (0, 0, 1.0, 1.0), True),
         0.05: Preset(150, 0.2, 0, (0, 0, 1.0, 1.0), True),

@@ -524,6 +524,10 @@ class WalshHadamard(Operator):
         return walsh_hadamard(x.flatten(2))[..., self.kept.to(x.device)][:, :, None]
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        if y.shape[2:] != (1, len(self.kept)):
+            raise InputError(
+                f"measurement: {tuple(y.shape[2:])}, compressed sensing gives (1, {len(self.kept)}); take it from Measure"
+            )
         spectrum = y.new_zeros(*y.shape[:2], self.side**2)
         spectrum[..., self.kept.to(y.device)] = y[:, :, 0]
         return walsh_hadamard(spectrum).unflatten(-1, (self.side, self.side))

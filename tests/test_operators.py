@@ -180,6 +180,7 @@ def test_a_motion_kernel_has_its_length_and_direction() -> None:
         (lambda: ops.ReflectBlur(torch.ones(9, 9)).A(torch.zeros(1, 3, 4, 9)), "too few for a kernel"),
         (lambda: ops.CircularBlur(torch.ones(9, 9)).A(torch.zeros(1, 3, 4, 9)), "larger than the image"),
         (lambda: ops.WalshHadamard(torch.arange(3), 12), "power of two"),
+        (lambda: ops.WalshHadamard(torch.arange(3), 8).A_dagger(torch.zeros(1, 3, 8, 8)), "take it from Measure"),
         (lambda: ops.Colourisation().A(torch.zeros(1, 1, 4, 4)), "1 channels"),
     ],
 )

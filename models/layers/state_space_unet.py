@@ -47,16 +47,25 @@ class StateSpaceUNet(nn.Module):
         if dim < 2 or dim % 2:
             raise ConfigError(f"dim is {dim}, must be even")
         self.dual_pixel_task = dual_pixel_task
-        counts = [*num_blocks, *num_blocks[2::-1], num_refinement_blocks]
-        self.patch_embed = OverlapPatchEmbed(inp_channels, dim)
-        for stage, count in zip(STAGES, counts, strict=True):
+        counts = dict(zip(STAGES, [*num_blocks, *num_blocks[2::-1], num_refinement_blocks], strict=True))
+
+        def add(stage: str) -> None:
             # The last decoder level is not reduced after the skip connection: twice the width of its level.
             width = dim * 2 if stage in ("decoder_level1", "refinement") else dim * 2 ** LEVEL[stage]
-            self.add_module(stage, nn.ModuleList([block(stage, width) for _ in range(count)]))
-        self.down1_2, self.down2_3, self.down3_4 = (Downsample(dim * 2**level) for level in range(3))
-        self.up4_3, self.up3_2, self.up2_1 = (Upsample(dim * 2**level) for level in (3, 2, 1))
-        self.reduce_chan_level3 = nn.Conv2d(dim * 8, dim * 4, 1, bias=bias)
-        self.reduce_chan_level2 = nn.Conv2d(dim * 4, dim * 2, 1, bias=bias)
+            self.add_module(stage, nn.ModuleList([block(stage, width) for _ in range(counts[stage])]))
+
+        self.patch_embed = OverlapPatchEmbed(inp_channels, dim)
+        for level in (1, 2, 3):
+            add(f"encoder_level{level}")
+            self.add_module(f"down{level}_{level + 1}", Downsample(dim * 2 ** (level - 1)))
+        add("latent")
+        for level in (3, 2, 1):
+            self.add_module(f"up{level + 1}_{level}", Upsample(dim * 2**level))
+            if level > 1:
+                reduce = nn.Conv2d(dim * 2**level, dim * 2 ** (level - 1), 1, bias=bias)
+                self.add_module(f"reduce_chan_level{level}", reduce)
+            add(f"decoder_level{level}")
+        add("refinement")
         if dual_pixel_task:
             self.skip_conv = nn.Conv2d(dim, dim * 2, 1, bias=bias)
         self.output = nn.Conv2d(dim * 2, out_channels, 3, padding=1, bias=bias)

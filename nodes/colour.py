@@ -50,7 +50,11 @@ class ColourFix(io.ComfyNode):
                     )
                 ),
             ],
-            outputs=[io.Image.Output("fixed", display_name="image", tooltip="The pictures in 0..1, brighter where the input was.")],
+            outputs=[
+                io.Image.Output(
+                    "fixed", display_name="image", tooltip="The pictures in 0..1, brighter where the input was."
+                )
+            ],
         )
 
     @classmethod

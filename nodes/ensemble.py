@@ -43,7 +43,9 @@ class SelfEnsemble(Precision, io.ComfyNode):
                 *tiling_inputs(),
             ],
             outputs=[
-                io.Image.Output("restored", display_name="image", tooltip="The average in 0..1, brighter where the input was."),
+                io.Image.Output(
+                    "restored", display_name="image", tooltip="The average in 0..1, brighter where the input was."
+                ),
                 io.Mask.Output(
                     "spread", display_name="spread", tooltip="White where the ways disagree, from 0 to white."
                 ),

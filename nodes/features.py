@@ -105,7 +105,11 @@ class DecodeFeatures(io.ComfyNode):
                     tooltip="Multiplies the maps: one number for all, or one a level, shallow to deep: 1, 1, 1, 0.5.",
                 ),
             ],
-            outputs=[io.Image.Output("restored", display_name="image", tooltip="Restored pictures in 0..1, brighter where the input was.")],
+            outputs=[
+                io.Image.Output(
+                    "restored", display_name="image", tooltip="Restored pictures in 0..1, brighter where the input was."
+                )
+            ],
         )
 
     @classmethod

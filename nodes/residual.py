@@ -133,7 +133,11 @@ class RestoreWithResidual(Precision, io.ComfyNode):
                     tooltip="From First Pass or Encode Residual; without it the network makes its own.",
                 ),
             ],
-            outputs=[io.Image.Output("restored", display_name="image", tooltip="Restored pictures in 0..1, brighter where the input was.")],
+            outputs=[
+                io.Image.Output(
+                    "restored", display_name="image", tooltip="Restored pictures in 0..1, brighter where the input was."
+                )
+            ],
         )
 
     @classmethod

@@ -60,7 +60,11 @@ class Restore(Precision, io.ComfyNode):
                     tooltip="For VLU-Net: what is wrong with the picture, instead of what the network would find itself.",
                 ),
             ],
-            outputs=[io.Image.Output("restored", display_name="image", tooltip="Restored pictures in 0..1, brighter where the input was.")],
+            outputs=[
+                io.Image.Output(
+                    "restored", display_name="image", tooltip="Restored pictures in 0..1, brighter where the input was."
+                )
+            ],
         )
 
     @classmethod

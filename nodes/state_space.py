@@ -197,7 +197,11 @@ class OfficialTiling(Precision, io.ComfyNode):
                 ),
                 precision_input("fp32", "Published figures are 32 bit ones."),
             ],
-            outputs=[io.Image.Output("restored", display_name="image", tooltip="Restored pictures in 0..1, brighter where the input was.")],
+            outputs=[
+                io.Image.Output(
+                    "restored", display_name="image", tooltip="Restored pictures in 0..1, brighter where the input was."
+                )
+            ],
         )
 
     @classmethod

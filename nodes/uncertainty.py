@@ -37,7 +37,9 @@ class RestoreWithUncertainty(Precision, io.ComfyNode):
                 *tiling_inputs(),
             ],
             outputs=[
-                io.Image.Output("restored", display_name="image", tooltip="Restored pictures in 0..1, brighter where the input was."),
+                io.Image.Output(
+                    "restored", display_name="image", tooltip="Restored pictures in 0..1, brighter where the input was."
+                ),
                 io.Mask.Output(
                     "uncertainty",
                     display_name="uncertainty",

@@ -65,7 +65,9 @@ class RemoveWeather(Precision, io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("restored", display_name="image", tooltip="Restored pictures in 0..1, brighter where the input was."),
+                io.Image.Output(
+                    "restored", display_name="image", tooltip="Restored pictures in 0..1, brighter where the input was."
+                ),
                 io.Image.Output(
                     "used", display_name="coarse", tooltip="The coarse image that was used, enlarged to the full size."
                 ),

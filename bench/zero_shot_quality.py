@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..engine import loaded, model_folder, operator_builders, zero_shot
 from ..engine.report import psnr, ssim
-from ..guidance import cm4ir, operators, schedules
+from ..guidance import cm4ir, operators, schedules, solvers
 from ..guidance.measurement import Measurement, measure, task
 from ..training.data import central_squares, load_photos
 from . import machine, report
@@ -101,7 +101,7 @@ def wiener(seen: Measurement, iterations: int = 80, deviation: float = 0.25) -> 
     def normal(z: torch.Tensor) -> torch.Tensor:
         return coloured(operator.A_adjoint(operator.A(coloured(z)))) + variance * z
 
-    return coloured(operators.conjugate_gradients(normal, coloured(operator.A_adjoint(seen.y)), iterations))
+    return coloured(solvers.conjugate_gradients(normal, coloured(operator.A_adjoint(seen.y)), iterations))
 
 
 def few_steps(prior: zero_shot.Prior, still: bool = False) -> Method:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError, MissingDependency
-from ..models.aio_codec import LARGEST_SYMBOL
+from ..models.aio_codec_rates import LARGEST_SYMBOL
 from .tables import TOTAL, Tables
 
 

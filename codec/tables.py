@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from ..models.aio_codec import SMALLEST_SCALE, BitEstimator, float64_device
+from ..models.aio_codec_rates import SMALLEST_SCALE, BitEstimator, float64_device
 
 PRECISION = 16
 TOTAL = 1 << PRECISION

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .operators import conjugate_gradients
+from .solvers import conjugate_gradients
 
 
 def median_fill(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from comfyui_mend import models
 from comfyui_mend.codec import coder, container, entropy, tables
 from comfyui_mend.errors import CheckpointError, InputError, MendError
-from comfyui_mend.models import aio_codec
+from comfyui_mend.models import aio_codec, aio_codec_rates
 
 pytest.importorskip("constriction", reason="bitstreams are coded by the package constriction")
 
@@ -235,7 +235,7 @@ class _AppleLike(TorchDispatchMode):
 
 
 def test_no_float64_is_asked_of_a_device_without_it(monkeypatch) -> None:
-    monkeypatch.setattr(aio_codec, "_WITHOUT_FLOAT64", ("meta",))
+    monkeypatch.setattr(aio_codec_rates, "_WITHOUT_FLOAT64", ("meta",))
     with torch.device("meta"):
         codec = models.create("aio-codec", SMALL).eval().requires_grad_(False)
     quality = torch.zeros(1, dtype=torch.int64, device="meta")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from support import tapped
 
 from comfyui_mend.codec import tables
-from comfyui_mend.models import aio_codec
+from comfyui_mend.models import aio_codec_rates
 
 
 def _table_outputs(estimator):
@@ -44,8 +44,8 @@ def _entropy(case):
         "z_symbols": z,
         "indexes": indexes,
         "z_indexes": z_indexes,
-        "bits_y": aio_codec.gaussian_bits(symbols, scales),
-        "bits_z": aio_codec.bits_of(estimator(z + 0.5) - estimator(z - 0.5)),
+        "bits_y": aio_codec_rates.gaussian_bits(symbols, scales),
+        "bits_z": aio_codec_rates.bits_of(estimator(z + 0.5) - estimator(z - 0.5)),
         "table_bits_y": bits_y.sum().reshape(1),
         "table_bits_z": bits_z.sum().reshape(1),
     }

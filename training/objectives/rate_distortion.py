@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from ...errors import ConfigError
-from ...models.aio_codec import LATENT_STRIDE, QUALITIES, AllInOneCodec, gaussian_bits, rate_weight
+from ...models.aio_codec import LATENT_STRIDE, QUALITIES, AllInOneCodec, rate_weight
+from ...models.aio_codec_rates import gaussian_bits
 from ...models.layers.padding import crop, pad_to_multiple
 
 FIRST_QUALITIES = ((0, 21), (42, 63))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import InputError
 from ..guidance import kernels, operators
 from ..guidance.operators import Operator
 from ..guidance.priors import estimate_noise
+
+logger = logging.getLogger(__name__)
+_told: set[tuple[int, ...]] = set()
+"""Sizes of masks and pictures of which the log has told."""
 
 DOWNSAMPLING = ("bicubic", "average", "bicubic, circular", "any scale")
 BLURS = ("gaussian", "uniform", "motion", "anisotropic")
@@ -83,6 +90,29 @@ def kernel_from_picture(image: torch.Tensor, borders: str) -> Operator:
     return with_borders(kernel / kernel.sum(), borders)
 
 
+@dataclass(eq=False)
+class MaskInpainting(operators.Inpainting):
+    """Inpainting by a MASK, with what is needed to make it anew for pictures of another size.
+
+    Enlarging the finished mask would turn scattered pixels into blocks.
+    """
+
+    missing: torch.Tensor
+    scattered: float
+    seed: int
+
+    def fitted(self, height: int, width: int, measured: bool = False) -> Operator:
+        mine = self.missing.shape[-2:]
+        if mine == (height, width):
+            return self
+        if (*mine, height, width) not in _told:
+            _told.add((*mine, height, width))
+            empty = "" if bool((self.missing >= 0.5).any()) else "; it marks nothing as missing"
+            logger.warning("mask: %d x %d pixels, resized to %d x %d%s", mine[1], mine[0], width, height, empty)
+        resized = F.interpolate(self.missing[:, None], size=(height, width), mode="nearest-exact")[:, 0]
+        return inpainting(resized, self.scattered, self.seed)
+
+
 def inpainting(mask: torch.Tensor, scattered: float = 0.0, seed: int = 0) -> Operator:
     """mask [B, H, W]: 1 where the picture is missing. `scattered`: share of further pixels lost at random."""
     known = 1 - (mask >= 0.5).float()
@@ -91,7 +121,7 @@ def inpainting(mask: torch.Tensor, scattered: float = 0.0, seed: int = 0) -> Ope
         known = known * (torch.rand(known.shape[-2:], generator=generator) >= scattered).float().to(known.device)
     if not bool(known.any()):
         raise InputError("mask: it covers the whole picture; nothing would be known")
-    return operators.Inpainting(known[:, None])
+    return MaskInpainting(known[:, None], mask, scattered, seed)
 
 
 def compressed_sensing(side: int, share: float, seed: int) -> Operator:

@@ -64,6 +64,13 @@ class Operator:
         """A^T (A x - y), the gradient of |A x - y|^2 / 2."""
         return self.A_adjoint(self.A(x) - y)
 
+    def fitted(self, height: int, width: int, measured: bool = False) -> Operator:
+        """This operator for images (with `measured`: for measurements) of this size: a mask, say, is made anew for it.
+
+        Most operators hold nothing that has a size.
+        """
+        return self
+
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Size of the measurement of an image."""
         return height, width
@@ -119,6 +126,8 @@ class Inpainting(Operator):
             self.mask = self.mask[None, None]
 
     def _known(self, x: torch.Tensor) -> torch.Tensor:
+        if len({1, len(self.mask), len(x)}) > 2:
+            raise InputError(f"mask: {len(self.mask)} masks for {len(x)} pictures; connect one for all or one for each")
         if self.mask.shape[-2:] != x.shape[-2:]:
             raise InputError(
                 f"mask: {tuple(self.mask.shape[-2:])} pixels, the image has {tuple(x.shape[-2:])}; make them the same size"
@@ -502,17 +511,19 @@ class Composition(Iterative):
     outer: Operator
     inner: Operator
 
-    # A type checker refuses a property in place of the base's plain attribute, which may be assigned to; nobody does.
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """Both names, in the order in which they act."""
-        return f"{self.inner.name}, then {self.outer.name}"
+    def __post_init__(self) -> None:
+        self.name = f"{self.inner.name}, then {self.outer.name}"  # in the order in which they act
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         return self.outer.A(self.inner.A(x))
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
         return self.inner.A_adjoint(self.outer.A_adjoint(y))
+
+    def fitted(self, height: int, width: int, measured: bool = False) -> Composition:
+        between = self.outer.input_size(height, width) if measured else self.inner.output_size(height, width)
+        outer, inner = ((height, width), between) if measured else (between, (height, width))
+        return Composition(self.outer.fitted(*outer, measured), self.inner.fitted(*inner, measured))
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         return self.outer.output_size(*self.inner.output_size(height, width))

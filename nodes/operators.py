@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, replace
-
-import torch
-import torch.nn.functional as F
-
 from ..engine import classify, host, tiling
 from ..engine import operator_builders as build
 from ..errors import InputError
@@ -19,10 +13,7 @@ from .images import as_image, channels_first, connected_mask
 from .inputs import seed_input
 from .zero_shot_inputs import check_choices
 
-logger = logging.getLogger(__name__)
-
 CATEGORY = "Mend/zero-shot/operators"
-_told: set[tuple[int, ...]] = set()
 
 
 def _outputs() -> list[io.Output]:
@@ -38,54 +29,6 @@ def _outputs() -> list[io.Output]:
 
 def _built(operator: operators.Operator) -> io.NodeOutput:
     return io.NodeOutput(operator, as_image(measured.footprint(operator)[None]))
-
-
-@dataclass(eq=False)
-class _Masked(operators.Inpainting):
-    """Inpainting by a MASK, with what is needed to make it anew for a picture of another size.
-
-    Enlarging the finished mask would turn scattered pixels into blocks.
-    """
-
-    missing: torch.Tensor
-    scattered: float
-    seed: int
-
-    @classmethod
-    def of(cls, missing: torch.Tensor, scattered: float, seed: int) -> _Masked:
-        """missing [B, H, W]: 1 where the picture is missing."""
-        return cls(build.inpainting(missing, scattered, seed).mask, missing, scattered, seed)
-
-    def resized(self, height: int, width: int) -> _Masked:
-        mine = self.missing.shape[-2:]
-        if mine == (height, width):
-            return self
-        if (*mine, height, width) not in _told:
-            _told.add((*mine, height, width))
-            empty = "" if bool((self.missing >= 0.5).any()) else "; it marks nothing as missing"
-            logger.warning("mask: %d x %d pixels, resized to %d x %d%s", mine[1], mine[0], width, height, empty)
-        resized = F.interpolate(self.missing[:, None], size=(height, width), mode="nearest-exact")[:, 0]
-        return self.of(resized, self.scattered, self.seed)
-
-
-def _fitted(operator: operators.Operator, picture: torch.Tensor, measured: bool = False) -> operators.Operator:
-    """`operator` with its masks at the size of what they meet: `picture` [B, C, H, W] is what it takes, or with
-    `measured` what it gives. Raises InputError for a batch of masks that does not belong to the batch of pictures."""
-
-    def at(part: operators.Operator, height: int, width: int) -> operators.Operator:
-        if isinstance(part, operators.Composition):
-            between = part.outer.input_size(height, width) if measured else part.inner.output_size(height, width)
-            outer, inner = ((height, width), between) if measured else (between, (height, width))
-            return replace(part, outer=at(part.outer, *outer), inner=at(part.inner, *inner))
-        if not isinstance(part, _Masked):
-            return part
-        if len({1, len(part.mask), len(picture)}) > 2:
-            raise InputError(
-                f"mask: {len(part.mask)} masks for {len(picture)} pictures; connect one for all or one for each"
-            )
-        return part.resized(height, width)
-
-    return at(operator, *picture.shape[-2:])
 
 
 def _colours(image):
@@ -252,7 +195,7 @@ class OperatorInpaint(io.ComfyNode):
 
     @classmethod
     def execute(cls, mask, scattered=0.0, seed=0) -> io.NodeOutput:
-        return _built(_Masked.of(connected_mask(mask).float(), scattered, seed))
+        return _built(build.inpainting(connected_mask(mask).float(), scattered, seed))
 
 
 class OperatorColourise(io.ComfyNode):
@@ -416,7 +359,7 @@ class Measure(io.ComfyNode):
         host.check_interrupt()
         # The pictures' own draws must differ from those of a restoration with the same seed.
         picture = _colours(image)
-        found = measured.measure(_fitted(operator, picture), picture, noise, seed ^ 0x4D656E64)
+        found = measured.measure(operator.fitted(*picture.shape[-2:]), picture, noise, seed ^ 0x4D656E64)
         return io.NodeOutput(found, as_image(found.picture()))
 
 
@@ -451,7 +394,8 @@ class MeasurementFromImage(io.ComfyNode):
     def execute(cls, operator, image, noise=-1.0) -> io.NodeOutput:
         picture = _colours(image)
         level = float(priors.estimate_noise(picture).median()) if noise < 0 else noise
-        return io.NodeOutput(measured.from_picture(_fitted(operator, picture, measured=True), picture, level), level)
+        operator = operator.fitted(*picture.shape[-2:], measured=True)
+        return io.NodeOutput(measured.from_picture(operator, picture, level), level)
 
 
 DIRECTIONS = ["apply", "adjoint", "pseudo-inverse", "what it keeps", "what it loses"]
@@ -496,7 +440,7 @@ class ApplyOperator(io.ComfyNode):
     def execute(cls, operator, image, direction="apply", damping=0.0) -> io.NodeOutput:
         check_choices(cls, direction=direction)
         x = _colours(image) * 2 - 1
-        operator = _fitted(operator, x, measured=direction in ("adjoint", "pseudo-inverse"))
+        operator = operator.fitted(*x.shape[-2:], measured=direction in ("adjoint", "pseudo-inverse"))
         if direction == "apply":
             result = operator.A(x)
         elif direction == "adjoint":

@@ -115,7 +115,7 @@ def test_a_mask_takes_the_size_of_the_picture_that_it_meets(where: str, height: 
         "before a blur": (build.compose(holes, blur), 1),
         "after shrinking": (build.compose(smaller, holes), 2),
     }[where]
-    operator_nodes._told.clear()
+    build._told.clear()
     image = torch.rand(2, height, 100, 3)
     with caplog.at_level(logging.WARNING):
         made = [operator_nodes.Measure.execute(operator, image, 0.0).result[0] for _ in range(2)]
@@ -135,7 +135,7 @@ def test_a_mask_takes_the_size_of_the_picture_that_it_meets(where: str, height: 
 
 
 def test_the_empty_mask_of_loadimage_marks_nothing_and_scattered_pixels_stay_single(caplog) -> None:
-    operator_nodes._told.clear()
+    build._told.clear()
     image = torch.rand(1, 80, 100, 3)
     empty = operator_nodes.OperatorInpaint.execute(torch.zeros(1, 64, 64)).result[0]
     with caplog.at_level(logging.WARNING):

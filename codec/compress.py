@@ -47,17 +47,17 @@ def compress(
     height, width = image.shape[1:]
     while True:
         side = min(tile or max(height, width), max(height, width))
-        try:
+
+        def work(side: int = side, tile: int = tile, overlap: int = overlap) -> Bitstream:
             with codec.managed.on_device(_activations(codec, side * min(side, height, width))) as (module, _):
                 progress = host.progress(coder.part_count(height, width, tile, overlap))
                 return coder.encode(module, image, quality, tile=tile, overlap=overlap, step=progress.update)
-        except Exception as error:
-            if not host.is_out_of_memory(error):
-                raise
+
+        try:
+            return host.attempt(work)
+        except host.DidNotFitError:
             if side <= SMALLEST_TILE:
                 raise _too_little_memory(codec, side) from None
-            error.__traceback__ = None  # its frames hold the tensors that did not fit
-        host.release_memory(host.device())
         tile = max(SMALLEST_TILE, tiling.round_up(side // 2, LATENT_STRIDE))
         overlap = min(overlap, tile // 4)
         logger.warning("out of memory: compressing in tiles of %d pixels", tile)
@@ -100,13 +100,15 @@ def decompress(
     """The restored picture [3, H, W] in 0..1, or the region (left, top, width, height); arguments as `coder.decode`."""
     parts = coder.part_count(stream.height, stream.width, stream.tile, stream.overlap)
     pixels = min(stream.tile or stream.height, stream.height) * min(stream.tile or stream.width, stream.width)
-    try:
+
+    def work() -> torch.Tensor:
         with codec.managed.on_device(_activations(codec, pixels)) as (module, _):
             step = host.progress(parts).update
             return coder.decode(module, stream, region=region, quality=quality, step=step)
-    except Exception as error:
-        if not host.is_out_of_memory(error):
-            raise
+
+    try:
+        return host.attempt(work)
+    except host.DidNotFitError:
         raise _too_little_memory(codec, stream.tile or max(stream.height, stream.width)) from None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..errors import InputError, OutOfMemoryError
@@ -31,12 +33,14 @@ def decode(loaded: LoadedRestorer, maps: Features) -> torch.Tensor:
 def _whole(loaded: LoadedRestorer, image: torch.Tensor, function):
     memory = tiling.activation_bytes(loaded, image, torch.float32)
     host.check_interrupt()
-    try:
+
+    def work() -> Any:
         with loaded.managed.on_device(memory) as (_, device):
             return function(loaded.restorer, device).to(host.intermediate_device())
-    except Exception as error:
-        if not host.is_out_of_memory(error):
-            raise
+
+    try:
+        return host.attempt(work)
+    except host.DidNotFitError:
         raise OutOfMemoryError(
             f"image: {len(image)} pictures of {image.shape[-1]} x {image.shape[-2]} do not fit into memory at once, and "
             "features cannot be cut into tiles; make them smaller"

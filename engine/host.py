@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,8 @@ from torch import nn
 from ..errors import Cancelled, InputError
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 PACK = Path(__file__).resolve().parent.parent
 PREVIEW_INTERVAL = 0.3
@@ -166,6 +168,22 @@ def release_memory(target: torch.device) -> None:
         module = torch.get_device_module(target)
         if hasattr(module, "empty_cache"):
             module.empty_cache()
+
+
+class DidNotFitError(Exception):
+    """An allocation failed, and what had been allocated for it is free again. Never leaves this project's engine."""
+
+
+def attempt(work: Callable[[], Result]) -> Result:
+    """work(); raises DidNotFitError if an allocation failed, so that the caller can do with less."""
+    try:
+        return work()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        error.__traceback__ = None  # its frames hold the tensors that did not fit
+    release_memory(device())
+    raise DidNotFitError
 
 
 def make_room(target: torch.device) -> None:

@@ -248,26 +248,24 @@ def restore(
     check_image(faces)
     faces = working_size(_colour(faces), square)
     try:
-        conditions, distinct = prompts(embedder, faces)
-    except Exception as error:
-        if not host.is_out_of_memory(error):
-            raise
+        conditions, distinct = host.attempt(lambda: prompts(embedder, faces))
+    except host.DidNotFitError:
         raise _does_not_fit(faces) from None
     if conditions.shape[-1] != CONTEXT:
         raise InputError(f"embedder: its prompts have width {conditions.shape[-1]}, the model reads {CONTEXT}")
+
+    def restored_at(some: slice) -> torch.Tensor:
+        latents = encode(vae, faces[some], None if seed is None else seed + some.start)
+        clean = sample(model, [[conditions[some], {}]], prescaled(latents, timestep), timestep)
+        return vae.decode(clean).movedim(-1, 1)[..., : faces.shape[-2], : faces.shape[-1]]
+
     restored, done = [], 0
     while done < len(faces):
         host.check_interrupt()
         some = slice(done, done + at_once)
         try:
-            latents = encode(vae, faces[some], None if seed is None else seed + done)
-            clean = sample(model, [[conditions[some], {}]], prescaled(latents, timestep), timestep)
-            restored.append(vae.decode(clean).movedim(-1, 1)[..., : faces.shape[-2], : faces.shape[-1]])
-        except Exception as error:
-            if not host.is_out_of_memory(error):
-                raise
-            error.__traceback__ = None  # its frames hold the tensors that did not fit
-            host.release_memory(host.device())
+            restored.append(host.attempt(lambda some=some: restored_at(some)))
+        except host.DidNotFitError:
             together = len(faces[some])
             if together == 1:
                 raise _does_not_fit(faces) from None

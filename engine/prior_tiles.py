@@ -34,12 +34,9 @@ def in_parts(network: Network, loaded: LoadedRestorer, dtype: torch.dtype, devic
         side = min([max(height, width), *largest, tiling.choose_tile(loaded, height, width, dtype, device)])
         while True:
             try:
-                return _evaluate(x, sigma, told, max(side, smallest))
-            except Exception as error:
-                if not host.is_out_of_memory(error):
-                    raise
-                error.__traceback__ = None  # its frames hold the tensors that did not fit
-                host.release_memory(device)
+                return host.attempt(lambda side=side: _evaluate(x, sigma, told, max(side, smallest)))
+            except host.DidNotFitError:
+                pass
             if side <= smallest:
                 raise OutOfMemoryError(
                     f"{restorer.architecture.title}: not even a tile of {smallest} pixels fits into memory; close other "

@@ -62,17 +62,13 @@ def encode(loaded: LoadedRestorer, residual: Residual) -> Residual:
     A picture too large for memory keeps none: Restore then encodes the residual tile by tile.
     """
     _transport_map(loaded)
-    target, parts = host.device(), []
-    fits = tiling.activation_bytes(loaded, residual.image[:1], torch.float32) <= host.working_memory(target)
+    parts: list[Residual] = []
+    fits = tiling.activation_bytes(loaded, residual.image[:1], torch.float32) <= host.working_memory(host.device())
     progress = host.progress(len(residual))
     for index in range(len(residual) if fits else 0):
         try:
-            parts.append(_encoded(loaded, residual[index : index + 1]))
-        except Exception as error:
-            if not host.is_out_of_memory(error):
-                raise
-            error.__traceback__ = None  # its frames hold the tensors that did not fit
-            host.release_memory(target)
+            parts.append(host.attempt(lambda one=residual[index : index + 1]: _encoded(loaded, one)))
+        except host.DidNotFitError:
             break
         progress.update()
     if len(parts) < len(residual):

@@ -32,8 +32,6 @@ SMALLEST_TILE = 64
 DEFAULT_OVERLAP = 64
 """For networks that see the whole picture anyway: enough for their local layers."""
 PREVIEW_SIDE = 512
-TAKEN_BY = {"routing": "moce-ir", "degradation": "vlu-net"}
-"""Which system's networks take what comes over a wire of its own."""
 Result = TypeVar("Result")
 _warned: weakref.WeakSet[host.Managed] = weakref.WeakSet()
 
@@ -172,9 +170,10 @@ def as_given(restored: torch.Tensor, image: torch.Tensor, scale: int) -> torch.T
 def check_context(loaded: LoadedRestorer, context: Mapping[str, Any]) -> None:
     """Raises InputError if something is connected that this network does not take."""
     here = loaded.restorer.architecture
-    for name, system in TAKEN_BY.items():
-        if name in context and here.system != system:
-            taker = min(a.title for a in registry.architectures() if a.system == system)
+    for name in context.keys() - set(here.wires):
+        takers = [a.title for a in registry.architectures() if name in a.wires]
+        if takers:
+            taker = min(takers)
             raise InputError(f"{name}: {here.title} takes none, only {taker} does; disconnect it, or load a {taker}")
 
 
@@ -217,7 +216,8 @@ def run(
     while done < batch:
         images = slice(done, min(batch, done + chunk))
         needed = activation_bytes(loaded, image[images, :, :side, :side], dtype)
-        try:
+
+        def work(images: slice = images, side: int = side, needed: int = needed) -> None:
             with loaded.managed.on_device(needed) as (_, where):
                 _restore_images(
                     loaded,
@@ -231,11 +231,10 @@ def run(
                     _slice(given, images, batch),
                     progress,
                 )
-        except Exception as error:
-            if not host.is_out_of_memory(error):
-                raise
-            error.__traceback__ = None  # its frames hold the tensors that did not fit
-            host.release_memory(target)
+
+        try:
+            host.attempt(work)
+        except host.DidNotFitError:
             if chunk > 1:
                 chunk = max(1, chunk // 2)
                 logger.warning("out of memory: going on with %d pictures at a time", chunk)
@@ -375,12 +374,9 @@ def until_it_fits(loaded: LoadedRestorer, image: torch.Tensor, look: Callable[[t
     restorer = loaded.restorer
     while True:
         try:
-            return look(image)
-        except Exception as error:
-            if not host.is_out_of_memory(error):
-                raise
-            error.__traceback__ = None  # its frames hold the tensors that did not fit
-        host.release_memory(host.device())
+            return host.attempt(lambda image=image: look(image))
+        except host.DidNotFitError:
+            pass
         height, width = image.shape[-2:]
         if max(height, width) <= SMALLEST_TILE:
             raise OutOfMemoryError(

@@ -479,6 +479,7 @@ ARCHITECTURES = [
         metadata_keys=("topk", "with_complexity", "complexity_scale"),
         multiple_of=lambda config: 2 ** (len(config["num_blocks"]) - 1),
         context=_context,
+        wires=("routing",),
         bytes_per_pixel=lambda config: 72.0 * config["dim"],
         global_statistics="channel attention and expert routing look at the whole picture; the route is decided once "
         "and shared by all tiles, attention is computed per tile",

@@ -116,6 +116,8 @@ class Architecture:
     """What must be decided once on the whole picture (a route, a degradation embedding): keyword arguments for
     `restore`, computed from an image [B, C, H, W] and given to every tile of it. Entries that are tensors with
     leading dimension B, or objects with `__getitem__` over images, follow the batch."""
+    wires: tuple[str, ...] = ()
+    """Entries of the context that people may connect instead; other networks refuse them."""
     receptive_field: Callable[[Config], int | None] = lambda config: None
     """Radius in input pixels beyond which an input pixel has no influence; None: global."""
     global_statistics: str = ""

@@ -343,6 +343,7 @@ _COMMON: dict[str, Any] = {
     "licence": "none stated for code and weights; the CLIP inside is LAION's, MIT",
     "tasks": ("denoise", "derain", "dehaze", "deblur", "low-light"),
     "multiple_of": lambda config: 8,
+    "wires": ("degradation",),
     "global_statistics": "channel attention looks at the whole picture; the degradation vector is computed once on the "
     "whole picture and shared by all tiles, attention is computed per tile",
 }

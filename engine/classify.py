@@ -14,6 +14,7 @@ from . import host, tiling
 from .loaded import LoadedRestorer
 from .pictures import bars
 from .report import stack_pictures
+from .values import check_image
 
 WINDOW = 512
 
@@ -33,7 +34,7 @@ def classify(
     window 0: the side the file was trained at if it says so, else `WINDOW`: a small network judges best what looks like its
     training crops. labels: names for its classes instead of the file's. Raises InputError if classifier and network do not fit.
     """
-    tiling.check_image(image)
+    check_image(image)
     module = classifier.restorer.module
     if not isinstance(module, (ClassifiedNetwork, DegradationClassifier)):
         raise InputError(

@@ -10,6 +10,7 @@ from ..models.layers.padding import pad_to_multiple
 from ..models.mpmf_net import CoarseImage, MPMFNet
 from . import host, tiling
 from .loaded import LoadedRestorer
+from .values import check_image
 
 
 def _network(loaded: LoadedRestorer) -> MPMFNet:
@@ -23,7 +24,7 @@ def _network(loaded: LoadedRestorer) -> MPMFNet:
 def predict(loaded: LoadedRestorer, image: torch.Tensor) -> CoarseImage:
     """The coarse clean image of every picture of [B, C, H, W], from the whole picture; not clamped."""
     _network(loaded)
-    tiling.check_image(image)
+    check_image(image)
     restorer, parts = loaded.restorer, []
     progress = host.progress(len(image))
     for index in range(len(image)):
@@ -42,7 +43,7 @@ def predict(loaded: LoadedRestorer, image: torch.Tensor) -> CoarseImage:
 
 def from_picture(guide: torch.Tensor, image: torch.Tensor) -> CoarseImage:
     """A coarse image for [B, C, H, W] from a clean-looking picture [B or 1, C, h, w] of any size."""
-    tiling.check_image(guide, "coarse")
+    check_image(guide, "coarse")
     if len(guide) not in (1, len(image)):
         raise InputError(f"coarse: {len(guide)} pictures for {len(image)}; use one, or one per picture")
     size = [-(-side // 4) for side in image.shape[-2:]]
@@ -73,7 +74,7 @@ def restore(
     picture of any size to use instead of the network's own, or blended with it by `amount`.
     """
     _network(loaded)
-    tiling.check_image(image)
+    check_image(image)
     if guide is not None and amount >= 1:
         coarse = from_picture(guide, image)
     else:

@@ -17,6 +17,7 @@ from . import host, tiling
 from .loaded import LoadedRestorer
 from .pictures import bars, from_pil, heat_map
 from .report import match_size
+from .values import check_image
 
 VIEWS = ("centre", "whole", "close-ups")
 CLOSE_UP = 256
@@ -50,7 +51,7 @@ def encode(
     whole batch, the mean of all. Raises InputError.
     """
     _pipeline(loaded)
-    tiling.check_image(image)
+    check_image(image)
     if view not in VIEWS:
         raise InputError(f"view: {view!r} is not one of {', '.join(VIEWS)}")
     if mask is not None and len(mask) not in (1, len(image)):

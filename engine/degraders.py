@@ -19,6 +19,7 @@ from ..models.degradation_model import DegradationModel
 from . import host, tiling
 from .loaded import LoadedRestorer
 from .pictures import to_pil
+from .values import check_image
 
 STARTER = "mend-degradation-model.safetensors"
 
@@ -111,7 +112,7 @@ def synthesise(
 
     Raises InputError for kinds the degrader does not know and impossible intensities.
     """
-    tiling.check_image(image)
+    check_image(image)
     if kind not in degrader.kinds:
         raise InputError(f"degradation: {degrader.name} knows {', '.join(degrader.kinds)}, not {kind!r}")
     if not (0 < mu <= 1 and 0 <= sigma <= 1):

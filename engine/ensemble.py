@@ -9,7 +9,7 @@ import torch
 
 from . import host, tiling
 from .loaded import LoadedRestorer
-from .values import clamped
+from .values import check_image, clamped
 
 
 def transform(image: torch.Tensor, index: int) -> torch.Tensor:
@@ -45,7 +45,7 @@ def restore(
     The spread is the standard deviation between them, averaged over channels: where it is large, the network is
     guessing. Takes `count` times as long; memory does not grow with it. The mean is clamped as by `tiling.restore`.
     """
-    tiling.check_image(image)
+    check_image(image)
     for index in range(count):
         host.check_interrupt()
         with host.part_of_progress(index, count):

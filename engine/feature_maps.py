@@ -12,7 +12,7 @@ from ..models.features import Features
 from . import host, tiling
 from .loaded import LoadedRestorer
 from .pictures import from_pil, labelled, to_pil
-from .values import clamped
+from .values import check_image, clamped
 
 
 def encode(loaded: LoadedRestorer, image: torch.Tensor) -> Features:
@@ -20,7 +20,7 @@ def encode(loaded: LoadedRestorer, image: torch.Tensor) -> Features:
 
     Raises InputError for a network without features, OutOfMemoryError for a picture that does not fit.
     """
-    tiling.check_image(image)
+    check_image(image)
     return _whole(loaded, image, lambda restorer, device: features.encode(restorer, tiling.as_rgb(image).to(device)))
 
 

@@ -10,6 +10,7 @@ from ..models.layers.padding import pad_to_multiple
 from ..models.transweather import INPUT_RANGES, TransWeather, likely_input_range
 from . import tiling
 from .loaded import LoadedRestorer
+from .values import check_image
 
 _SIDE = 256
 """A wrong range shows in a small picture as well as in a large one."""
@@ -29,7 +30,7 @@ def choose(loaded: LoadedRestorer, wanted: str, image: torch.Tensor | None = Non
     if wanted == "measure":
         if image is None:
             raise InputError("image: connect a picture to measure with, best an undamaged one")
-        tiling.check_image(image)
+        check_image(image)
         wanted, how = _measured(loaded, image[:1]), "measured"
     else:
         wanted, how = (module.input_range, "by the file's edition") if wanted == "auto" else (wanted, "as set")

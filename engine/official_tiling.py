@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from . import tiling
 from .loaded import LoadedRestorer
+from .values import check_image, clamped
 
 THRESHOLD = 200
 
@@ -53,10 +54,10 @@ def restore(
     loaded: LoadedRestorer, image: torch.Tensor, *, precision: str = "auto", threshold: int = THRESHOLD
 ) -> torch.Tensor:
     """As `tiling.restore`, cut and merged the official way: to repeat published figures, seams included."""
-    tiling.check_image(image)
+    check_image(image)
 
     def whole(tile: torch.Tensor) -> torch.Tensor:
         return tiling.restore(loaded, tile, tile=max(tile.shape[-2:]), precision=precision, clamp=False)
 
     restored = official_tiles(image, whole, loaded.restorer.scale, threshold)
-    return tiling.clamped(restored, image)
+    return clamped(restored, image)

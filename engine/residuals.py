@@ -13,7 +13,7 @@ from . import host, tiling
 from .loaded import LoadedRestorer
 from .pictures import from_pil, heat_map
 from .report import match_size
-from .values import check_mask, clamped
+from .values import check_image, check_mask, clamped
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def first_pass(
 ) -> tuple[torch.Tensor, Residual]:
     """The unconditioned restoration of [B, C, H, W], and what it removed (before clamping, without embeddings)."""
     _transport_map(loaded)
-    tiling.check_image(image)
+    check_image(image)
     colour = tiling.as_rgb(image)
     restored = tiling.restore(
         loaded, colour, tile=tile, overlap=overlap, precision=precision, context={"strength": 0.0}, clamp=False
@@ -42,8 +42,8 @@ def from_pictures(
     degraded: torch.Tensor, restored: torch.Tensor, mask: torch.Tensor | None = None, gain: float = 1.0
 ) -> Residual:
     """gain (degraded - restored) for pictures [B, C, H, W] from anywhere, only where `mask` [B or 1, h, w] is white."""
-    tiling.check_image(degraded, "degraded")
-    tiling.check_image(restored, "restored")
+    check_image(degraded, "degraded")
+    check_image(restored, "restored")
     if len(restored) not in (1, len(degraded)):
         raise InputError(f"restored: {len(restored)} pictures for {len(degraded)} degraded ones")
     colour = tiling.as_rgb(degraded)
@@ -127,7 +127,7 @@ def score(loaded: LoadedRestorer, image: torch.Tensor) -> torch.Tensor:
         raise InputError(
             f"potential: {loaded.restorer.architecture.title} is not a DA-RCOT potential; use Load Potential"
         )
-    tiling.check_image(image)
+    check_image(image)
     colour, maps = tiling.as_rgb(image), []
     progress = host.progress(len(image))
     for index in range(len(image)):

@@ -10,6 +10,7 @@ from ..models.layers.padding import pad_to_multiple
 from ..models.moce_ir import MoCEIR, Routing
 from . import host, tiling
 from .loaded import LoadedRestorer
+from .values import check_image
 
 
 def _network(loaded: LoadedRestorer) -> MoCEIR:
@@ -26,7 +27,7 @@ def route(loaded: LoadedRestorer, image: torch.Tensor, noise: float = 0.0, seed:
     noise: standard deviation in units of the published 1 / experts; 0 is deterministic. Draws depend on the seed and
     the block alone, not on the device.
     """
-    tiling.check_image(image)
+    check_image(image)
     network = _network(loaded)
     blocks, experts = len(network.decoder_blocks), loaded.restorer.config["num_experts"]
     generator = torch.Generator().manual_seed(seed)

@@ -18,6 +18,7 @@ from ..errors import InputError
 from . import host, tiling
 from .flow import box, luma
 from .loaded import LoadedRestorer
+from .values import check_image
 
 THRESHOLD = 0.55
 _SIDE = 48
@@ -63,7 +64,7 @@ def _distance(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch
 
 def scores(images: torch.Tensor) -> list[float]:
     """How much each frame of [B, C, H, W] looks like the first of a new shot, 0 to 1."""
-    tiling.check_image(images)
+    check_image(images)
     detector, found = ShotDetector(), []
     for index in range(len(images)):
         host.check_interrupt()

@@ -14,6 +14,7 @@ from ..models.mair import MaIR, MaIRUNet
 from ..models.mambairv2 import Choose, MambaIRv2, RouteMode
 from . import host, tiling
 from .loaded import LoadedRestorer
+from .values import check_image
 
 
 def with_scan_len(loaded: LoadedRestorer, scan_len: int) -> LoadedRestorer:
@@ -72,7 +73,7 @@ def routes(loaded: LoadedRestorer, image: torch.Tensor) -> torch.Tensor:
     Decided on the whole picture, reduced if it would not fit; drawn as the restorer's route mode says ("mean": the
     first draw). Restoring in tiles routes every tile by itself.
     """
-    tiling.check_image(image)
+    check_image(image)
     network = _network(loaded)
     mode = loaded.options.get("route") or RouteMode()
     progress, parts = host.progress(len(image)), []

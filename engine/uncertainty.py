@@ -12,7 +12,7 @@ from ..errors import InputError
 from . import tiling
 from .loaded import LoadedRestorer
 from .pictures import false_colour
-from .values import clamped
+from .values import check_image, clamped
 
 
 def restore(
@@ -35,7 +35,7 @@ def restore(
             f"restorer: this {architecture.title} has no uncertainty head; load one retrained with TUR "
             "(AirNet, Uformer, TransWeather), or take the spread of Self-Ensemble instead"
         )
-    tiling.check_image(image)
+    check_image(image)
 
     def joined(module: torch.nn.Module, picture: torch.Tensor, **given: Any) -> torch.Tensor:
         return torch.cat(both(module, picture, **given), dim=1)

@@ -9,13 +9,12 @@ from ..engine import zero_shot
 from ..errors import InputError
 from ..guidance import cm4ir, schedules
 from .api import advanced, io
-from .inputs import seed_input
+from .inputs import check_choices, seed_input
 from .zero_shot_inputs import (
     CATEGORY,
     STEPS,
     as_latent,
     as_sigmas,
-    check_choices,
     check_same_shape,
     delta_inputs,
     eta_input,

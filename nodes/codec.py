@@ -18,7 +18,7 @@ from ..errors import InputError
 from . import sockets
 from .api import advanced, io, ui
 from .images import as_image, channels_first
-from .inputs import ModelFile, model_input, one_of
+from .inputs import ModelFile, accepted, fingerprint, model_input, one_of
 
 BY = ["quality", "bits per pixel", "file size"]
 
@@ -260,11 +260,11 @@ class LoadBitstream(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None) -> bool | str:
-        return True if file is None or folders.input_path(file) else f"file: there is no {file!r} in the input folder"
+        return accepted(folders.require_input_path, file)
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None) -> str:
-        return "" if file is None else journal.identity(folders.require_input_path(file))
+        return fingerprint(lambda: journal.identity(folders.require_input_path(file)), file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

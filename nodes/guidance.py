@@ -8,12 +8,11 @@ from . import sockets
 from .api import advanced, io
 from .cm4ir import BackProject, Cm4irSigmas, Cm4irStep, MixNoise, PredictClean, StartFromMeasurement
 from .images import as_image
-from .inputs import ModelFile, model_input, precision_input, seed_input
+from .inputs import ModelFile, check_choices, model_input, precision_input, seed_input
 from .rdmd import RdmdSigmas, RdmdStart, RdmdStep, RdmdStrip, Regularise
 from .zero_shot_inputs import (
     CATEGORY,
     STEPS,
-    check_choices,
     eta_input,
     gamma_input,
     measurement_input,

@@ -15,15 +15,29 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 def one_of(name: str, value: Any, options: Iterable[str]) -> bool | str:
     """What `validate_inputs` returns for a choice; None means that a wire brings the value, which is not known yet."""
     options = list(options)
-    return True if value is None or value in options else f"{name}: {value!r} is not one of {', '.join(options)}"
+    return True if value is None or value in options else _not_offered(name, value, options)
+
+
+def _not_offered(name: str, value: Any, options: Iterable[str]) -> str:
+    return f"{name}: {value!r} is not one of {', '.join(options)}; choose one of these"
 
 
 def chosen(name: str, value: Any, options: Iterable[str]) -> Any:
     """The value, when the node runs; raises InputError for one that came over a wire and is none of the options."""
-    problem = one_of(name, value, options)
-    if problem is not True:
-        raise InputError(problem)
+    options = list(options)
+    if value not in options:
+        raise InputError(_not_offered(name, value, options))
     return value
+
+
+def check_choices(node: type[io.ComfyNode], **values: Any) -> None:
+    """Raises InputError, when the node runs, for a value that the menu of this name in `node` does not offer.
+
+    ComfyUI 0.3.64 lets any text through that comes by a wire or by the API.
+    """
+    menus = {slot.id: slot.options for slot in node.define_schema().inputs if slot.id in values}
+    for name, value in values.items():
+        chosen(name, value, menus[name])
 
 
 def accepted(check: Callable[[Any], Any], value: Any) -> bool | str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from ..engine import classify, host, tiling
 from ..engine import operator_builders as build
+from ..engine.values import check_image
 from ..errors import InputError
 from ..guidance import measurement as measured
 from ..guidance import operators, priors
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first, connected_mask
-from .inputs import seed_input
-from .zero_shot_inputs import check_choices
+from .inputs import check_choices, seed_input
 
 CATEGORY = "Mend/zero-shot/operators"
 
@@ -34,7 +34,7 @@ def _built(operator: operators.Operator) -> io.NodeOutput:
 def _colours(image):
     """IMAGE as [B, 3, H, W] without transparency."""
     picture = channels_first(image)
-    tiling.check_image(picture)
+    check_image(picture)
     return tiling.as_rgb(picture)
 
 

@@ -23,17 +23,6 @@ def as_latent(samples: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"samples": samples.to(host.intermediate_device(), torch.float32)}
 
 
-def check_choices(node: type[io.ComfyNode], **chosen: Any) -> None:
-    """Raises InputError for a value that the menu of this name in `node` does not offer.
-
-    ComfyUI 0.3.64 lets any text through that comes by a wire or by the API.
-    """
-    menus = {slot.id: slot.options for slot in node.define_schema().inputs if slot.id in chosen}
-    for name, value in chosen.items():
-        if value not in menus[name]:
-            raise InputError(f"{name}: {value!r} is not one of {', '.join(menus[name])}; choose one of these")
-
-
 def _shape(sizes: Sequence[int | None]) -> str:
     return f"[{', '.join('any' if size is None else str(size) for size in sizes)}]"
 

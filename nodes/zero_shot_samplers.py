@@ -6,10 +6,9 @@ from ..engine import comfy_sampling, zero_shot
 from ..errors import InputError
 from . import sockets
 from .api import advanced, io
-from .inputs import accepted
+from .inputs import accepted, check_choices
 from .rdmd import rdmd_weights, renewal_input
 from .zero_shot_inputs import (
-    check_choices,
     eta_input,
     measurement_input,
     mu_input,

@@ -18,7 +18,7 @@ NODES = node_classes()
 def test_a_choice_is_checked_unless_a_wire_brings_it():
     assert one_of("mode", "a", ["a", "b"]) is True
     assert one_of("mode", None, ["a", "b"]) is True
-    assert one_of("mode", "c", {"a": 1, "b": 2}) == "mode: 'c' is not one of a, b"
+    assert one_of("mode", "c", {"a": 1, "b": 2}) == "mode: 'c' is not one of a, b; choose one of these"
 
 
 def test_of_several_checks_the_first_problem_is_told():

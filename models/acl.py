@@ -24,7 +24,7 @@ from ..errors import CheckpointError, ConfigError
 from ..kernels.linear_attention import linear_attention, rotary_angles
 from .layers.convolution import DilatedConv2d
 from .layers.padding import crop, pad_to_multiple
-from .layers.state_dict import count_indices, expansion_factor
+from .layers.state_dict import count_indices, expansion_factor, layer_widths
 from .registry import Architecture, State, construct
 
 _LEVELS = 3
@@ -273,18 +273,17 @@ def _config_from_state_dict(state: State) -> dict[str, Any]:
         "blocks": blocks,
         # Heads and dilations leave no trace in the shapes: the variants' rule, unless the file's metadata says more.
         "head_dim": next((v["head_dim"] for v in VARIANTS.values() if v["channels"] == channels), 32),
-        "lem_ratio": expansion_factor(_hidden_widths(state, "lem.proj_in")),
+        "lem_ratio": expansion_factor(layer_widths(state, _first_blocks("lem.proj_in"))),
         "dilations": tuple(2**i for i in range(branches)),
         "rope": True,
         "lepe": f"{first}.attn.lepe.weight" in state,
-        "mlp_ratio": None if mlp is None else expansion_factor(_hidden_widths(state, "mlp.fc1")),
+        "mlp_ratio": None if mlp is None else expansion_factor(layer_widths(state, _first_blocks("mlp.fc1"))),
     }
 
 
-def _hidden_widths(state: State, layer: str) -> list[tuple[int, int]]:
-    """Width and hidden width of the first block of every level that has one."""
-    names = (f"encoder.{level}.0.{layer}.weight" for level in range(_LEVELS))
-    return [(state[name].shape[1], state[name].shape[0]) for name in names if name in state]
+def _first_blocks(layer: str) -> list[str]:
+    """The names of a layer in the first block of every level of the encoder."""
+    return [f"encoder.{level}.0.{layer}" for level in range(_LEVELS)]
 
 
 def _build_block(config: Mapping[str, Any]) -> MilaBlock:

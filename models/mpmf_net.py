@@ -20,7 +20,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError, InputError
 from .layers.padding import crop
-from .layers.state_dict import count_indices, expansion_factor
+from .layers.state_dict import count_indices, expansion_factor, layer_widths
 from .mpmf_fusion import MultiDimensionFusion, RescaleNorm
 from .registry import Architecture, State, construct
 
@@ -416,7 +416,7 @@ def _config_from_state_dict(state: State) -> dict[str, Any]:
         "out_chans": state["patch_unembed.proj.0.weight"].shape[0],
         "window_size": window,
         "embed_dims": dims,
-        "mlp_ratios": tuple(expansion_factor(_hidden_widths(state, stage)) for stage in _STAGES),
+        "mlp_ratios": tuple(expansion_factor(layer_widths(state, _first_mlps(stage))) for stage in _STAGES),
         "depths": (*depths[:2], *(n + 1 for n in depths[2:]), count_indices(state, "refinement.blocks.")),
         "num_heads": tuple(heads),
         "attn_ratio": tuple(ratios),
@@ -424,10 +424,9 @@ def _config_from_state_dict(state: State) -> dict[str, Any]:
     }
 
 
-def _hidden_widths(state: State, stage: str) -> list[tuple[int, int]]:
-    """Width and hidden width of the feed-forward layers of a stage; its last block is twice as wide in some."""
-    names = [f"{run}.blocks.0.mlp.mlp.0.weight" for run in (stage, f"{stage}_mixer", f"{stage}_last")]
-    return [(state[name].shape[1], state[name].shape[0]) for name in names if name in state]
+def _first_mlps(stage: str) -> list[str]:
+    """The names of the first feed-forward layers of a stage; its last block is twice as wide in some."""
+    return [f"{run}.blocks.0.mlp.mlp.0" for run in (stage, f"{stage}_mixer", f"{stage}_last")]
 
 
 def _restore(

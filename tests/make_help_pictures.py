@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_workflow import ROOT, WORKFLOWS, classes
+from make_workflow import ROOT, WORKFLOWS, classes, missing_models
 from PIL import Image
 
-from comfyui_mend.engine import folders, model_folder
+from comfyui_mend.engine import folders
 from comfyui_mend.engine.runner import Runner
 from comfyui_mend.engine.workflow_format import read
 from comfyui_mend.nodes import node_classes
@@ -115,13 +115,6 @@ def by_hand(node: str) -> bool:
     return any(p.suffix in (".jpg", ".png") and p.name != NAME for p in (PAGES / node).iterdir())
 
 
-def runnable(name: str) -> bool:
-    """Whether all files that a workflow's loaders link to are here."""
-    present = {Path(model).name for model in model_folder.model_files()}
-    nodes = read(WORKFLOWS / f"{name}.json")["nodes"]
-    return all(m["name"] in present for n in nodes for m in n["properties"].get("models", []))
-
-
 def show(node: str, workflow: str) -> None:
     """Puts the picture into a node's pages, after the first paragraph, where it is not there yet."""
     for language, caption in CAPTIONS.items():
@@ -138,7 +131,8 @@ def make(wanted: Iterable[str]) -> list[str]:
     graphs = {p.stem: read(p) for p in sorted((WORKFLOWS / "api").glob("*.json"))}
     for name, graph in sorted(graphs.items(), key=lambda item: len(item[1])):
         here = {n: graph[n]["class_type"] for n in graph if graph[n]["class_type"] in left}
-        if not here or {g["class_type"] for g in graph.values()} - set(known) or not runnable(name):
+        foreign = {g["class_type"] for g in graph.values()} - set(known)
+        if not here or foreign or missing_models(read(WORKFLOWS / f"{name}.json")):
             continue
         logger.info("%s: %s", name, ", ".join(sorted(set(here.values()))))
         values = Runner(known).run(graph).values

@@ -24,7 +24,7 @@ from typing import Any
 
 from PIL import Image
 
-from comfyui_mend.engine import core_nodes
+from comfyui_mend.engine import core_nodes, model_folder
 from comfyui_mend.engine.validation import describe_errors, input_info, validate_prompt
 from comfyui_mend.engine.workflow_format import DRAWN_ONLY, default_value, is_widget, read, to_api, widgets
 from comfyui_mend.nodes import node_classes
@@ -43,6 +43,13 @@ WORKS_LONG = frozenset(
     {"MEND_RESTORER", "MEND_DEGRADER", "MEND_CODEC", "MEND_PRIOR", "MEND_OPERATOR", "MODEL", "SAMPLER"}
 )
 """What a node that shows a preview while it works takes in."""
+
+
+def missing_models(workflow: Mapping[str, Any]) -> list[str]:
+    """Files that loader nodes of a page-form workflow link to and that are in no models folder, as "folder/name"."""
+    present = {Path(file).name for file in model_folder.model_files()}
+    linked = [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
+    return [f"{model['directory']}/{model['name']}" for model in linked if model["name"] not in present]
 
 
 def classes() -> dict[str, Any]:

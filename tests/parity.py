@@ -62,7 +62,7 @@ class Case:
     @staticmethod
     def _input(spec: Mapping[str, Any]) -> torch.Tensor:
         if "const" in spec:
-            if "str" in {type(entry).__name__ for entry in np.ravel(spec["const"]).tolist()}:
+            if np.asarray(spec["const"]).dtype.kind == "U":  # names of tasks
                 return spec["const"]
             value = torch.as_tensor(spec["const"])
             return value.expand(spec["shape"]).clone() if "shape" in spec else value
@@ -103,10 +103,13 @@ class Case:
             f"different {[(k, want[k], got[k]) for k in wrong[:5]]}"
         )
 
-    def check_layout(self) -> dict[str, torch.Tensor]:
-        """For a case without outputs: the network has its keys and shapes. No memory is taken for the weights."""
+    def check_layout(self, network: str = "", **config: Any) -> dict[str, torch.Tensor]:
+        """For a case without outputs: the network has its keys and shapes. No memory is taken for the weights.
+
+        network: its architecture, where the case belongs to a method that samples with it. config: more settings.
+        """
         with torch.device("meta"):
-            self.check_manifest(models.create(self.system, self.config))
+            self.check_manifest(models.create(network or self.system, {**config, **self.config}))
         return {}
 
     def module(self, **config: Any) -> nn.Module:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from comfyui_mend.engine import folders, model_folder
+from comfyui_mend.engine import folders
 from comfyui_mend.engine.comfyui import find_comfyui
 from comfyui_mend.engine.node_api import GraphBuilder, io
 from comfyui_mend.engine.runner import Runner
@@ -23,7 +23,7 @@ from comfyui_mend.engine.workflow_format import DRAWN_ONLY, read, to_api, widget
 
 from .comfyui_page import find_python
 from .engine_cases import CASES, Nodes, observe
-from .make_workflow import WORKFLOWS, classes, cramped, overlaps, plain
+from .make_workflow import WORKFLOWS, classes, cramped, missing_models, overlaps, plain
 
 TESTS = Path(__file__).resolve().parent
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
@@ -43,11 +43,8 @@ def api_file(name: str) -> dict[str, Any]:
 
 def skip_unless_runnable(name: str) -> None:
     """Skips a workflow that needs files nobody ships: those its loader nodes link to."""
-    present = {Path(model).name for model in model_folder.model_files()}
-    for node in ui_file(name)["nodes"]:
-        for model in node["properties"].get("models", []):
-            if model["name"] not in present:
-                pytest.skip(f"needs {model['name']} in models/{model['directory']}")
+    if missing := missing_models(ui_file(name)):
+        pytest.skip(f"needs {', '.join(missing)} in the models folder")
 
 
 def skip_without_nodes(name: str) -> None:
@@ -213,7 +210,7 @@ def comfyui(tmp_path_factory):
     probe = "import torch, torchvision, torchaudio, aiohttp, transformers, yaml, av"
     if subprocess.run([python, "-c", probe], capture_output=True).returncode:
         pytest.skip(f"{python} lacks ComfyUI's packages: set MEND_COMFYUI_PYTHON")
-    runnable = [name for name in NAMES if _is_runnable(name)]
+    runnable = [name for name in NAMES if not missing_models(ui_file(name))]
     job = {
         "workflows": {name: plain(api_file(name)) for name in runnable},
         "prompts": BAD_PROMPTS,
@@ -227,14 +224,6 @@ def comfyui(tmp_path_factory):
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, f"ComfyUI failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return json.loads((place / "result.json").read_text())
-
-
-def _is_runnable(name: str) -> bool:
-    try:
-        skip_unless_runnable(name)
-    except pytest.skip.Exception:
-        return False
-    return True
 
 
 @pytest.mark.comfyui

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+import torch
 
 from ...errors import CheckpointError
 
@@ -22,6 +24,12 @@ def indices(keys: Iterable[str], prefix: str) -> list[int]:
 def count_indices(keys: Iterable[str], prefix: str) -> int:
     """How many different numbers follow `prefix` in `keys`."""
     return len(indices(keys, prefix))
+
+
+def layer_widths(state: Mapping[str, torch.Tensor], layers: Iterable[str]) -> list[tuple[int, int]]:
+    """Input and output channels of those of the `layers` that are there."""
+    weights = [state[f"{layer}.weight"] for layer in layers if f"{layer}.weight" in state]
+    return [(weight.shape[1], weight.shape[0]) for weight in weights]
 
 
 def expansion_factor(widths: Iterable[tuple[int, int]]) -> float:

@@ -12,9 +12,7 @@ from comfyui_mend.guidance import cm4ir, parametrisation, priors, schedules
 
 
 def check_layout(case):
-    with torch.device("meta"):
-        case.check_manifest(models.create("guided-diffusion-unet", {"wrapper": "karras", **case.config}))
-    return {}
+    return case.check_layout("guided-diffusion-unet", wrapper="karras")
 
 
 def run(case):

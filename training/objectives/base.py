@@ -147,7 +147,11 @@ class Objective:
     """A way to train, as it travels: settings only."""
 
     kind: ClassVar[str] = ""
-    optimizer: ClassVar[str] = "adamw"
+
+    @property
+    def optimizer(self) -> str:
+        """What steps the network: "adamw" or "rmsprop"."""
+        return "adamw"
 
     def start(self, network: Network, labels: Sequence[str], size: int) -> Method:
         """The method for a network, the labels of a data set and damaged crops of `size` pixels.
@@ -174,7 +178,7 @@ class Weighted(Objective):
         return _Sum([part.start(network, labels, size) for part, _ in self.parts], [w for _, w in self.parts])
 
     @property
-    def optimizer(self) -> str:  # type: ignore[override]
+    def optimizer(self) -> str:
         return next((p.optimizer for p, _ in self.parts if p.optimizer != "adamw"), "adamw")
 
     def describe(self) -> dict[str, Any]:
@@ -185,10 +189,7 @@ class _Sum(Method):
     def __init__(self, methods: Sequence[Method], weights: Sequence[float]) -> None:
         super().__init__()
         self.methods, self.weights = nn.ModuleList(methods), list(weights)
-
-    @property
-    def wants_other(self) -> bool:  # type: ignore[override]
-        return any(m.wants_other for m in self.methods)
+        self.wants_other = any(method.wants_other for method in methods)
 
     def prepare(self, run: Pass) -> Parts:
         return {name: value for method in self.methods for name, value in method.prepare(run).items()}

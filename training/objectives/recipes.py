@@ -296,7 +296,6 @@ class TransportObjective(Objective):
     """
 
     kind: ClassVar[str] = "da-rcot"
-    optimizer: ClassVar[str] = "rmsprop"
     paired: bool = True
     cost: float = 1.0
     pair: float = 10000.0
@@ -305,6 +304,10 @@ class TransportObjective(Objective):
     penalty: float = 10.0
     width: int = 64
     critic_rate: float = 1e-4
+
+    @property
+    def optimizer(self) -> str:
+        return "rmsprop"
 
     def start(self, network: Network, labels: Sequence[str], size: int) -> Method:
         patch = size * network.scale

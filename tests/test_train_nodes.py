@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 
 from comfyui_mend import models
 from comfyui_mend.engine import folders, host, loaded, model_folder
-from comfyui_mend.engine.comfyui import find_comfyui
 from comfyui_mend.errors import Cancelled, CheckpointError, ConfigError, InputError
 from comfyui_mend.nodes import datasets as dataset_nodes
 from comfyui_mend.nodes import objectives as objective_nodes
@@ -23,7 +19,6 @@ from comfyui_mend.training import cli_finetune, datasets, finetune
 from comfyui_mend.training.objectives import recipes
 from comfyui_mend.training.objectives.base import Weighted
 
-from .comfyui_page import find_python
 from .conftest import SMALL
 from .training_cases import LABELS, MOCE, NAFNET, RCOT, network, restorer, tuner
 
@@ -271,36 +266,3 @@ def test_arguments_that_cannot_be_read_are_refused(function, specs):
 
 
 # A real ComfyUI -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.comfyui
-def test_another_workflow_runs_right_after_training(tmp_path):
-    root = find_comfyui()
-    if root is None:
-        pytest.skip("no ComfyUI found: set COMFYUI_PATH or install one at ~/comfy/ComfyUI")
-    python = find_python(root)
-    if subprocess.run([python, "-c", "import torch, torchvision, torchaudio, aiohttp"], capture_output=True).returncode:
-        pytest.skip(f"{python} lacks ComfyUI's packages: set MEND_COMFYUI_PYTHON")
-    flows = {
-        n: json.loads((host.PACK / "workflows/api" / f"{n}.json").read_text())
-        for n in ("fine_tune_own_photos", "restore_photo")
-    }
-    flows["fine_tune_own_photos"]["6"]["inputs"]["steps"] = 3
-    job = {"workflows": flows, "prompts": {}, "input": str(folders.SHIPPED_INPUTS), "output": str(tmp_path / "output")}
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    script = Path(__file__).parent / "in_comfyui.py"
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"COMFYUI_PATH": str(root)}
-    done = subprocess.run(
-        [python, str(script), str(tmp_path / "job.json"), str(tmp_path / "result.json")],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    answers = json.loads((tmp_path / "result.json").read_text())["workflows"]
-    assert all(a["complete"] and a["log"] == [] for a in answers.values()), answers
-    (saved,) = (tmp_path / "output" / "restoration").glob("*.safetensors")
-    assert models.load(saved).architecture.id == "moce-ir"
-    assert any("->" in text for texts in answers["fine_tune_own_photos"]["texts"].values() for text in texts)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from comfyui_mend import models
 from comfyui_mend.engine import folders
 from comfyui_mend.engine.comfyui import find_comfyui
 from comfyui_mend.engine.node_api import GraphBuilder, io
@@ -223,7 +224,7 @@ def comfyui(tmp_path_factory):
     command = [python, str(TESTS / "in_comfyui.py"), str(place / "job.json"), str(place / "result.json")]
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, f"ComfyUI failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return json.loads((place / "result.json").read_text())
+    return {**json.loads((place / "result.json").read_text()), "output": place / "output"}
 
 
 @pytest.mark.comfyui
@@ -295,3 +296,15 @@ def test_a_workflow_gives_the_same_pictures_and_texts_in_comfyui(name, builtin, 
             assert a.shape == b.shape and np.abs(a - b).max() <= SAME, (
                 f"node {node_id}: {np.abs(a - b).max() * 255:.1f}"
             )
+
+
+@pytest.mark.comfyui
+def test_comfyui_trains_saves_and_then_runs_other_workflows(comfyui):
+    theirs = list(comfyui["workflows"])
+    after = theirs[theirs.index("fine_tune_own_photos") + 1 :]
+    assert after and all(comfyui["workflows"][name]["complete"] for name in after)
+    assert any(
+        "->" in text for texts in comfyui["workflows"]["fine_tune_own_photos"]["texts"].values() for text in texts
+    )
+    (saved_file,) = (comfyui["output"] / "restoration").glob("own-photos*.safetensors")
+    assert models.load(saved_file).architecture.id == "moce-ir"

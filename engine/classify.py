@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, OutOfMemoryError
 from ..models import dcpt_classifier
 from ..models.dcpt_classifier import ClassifiedNetwork, DegradationClassifier
 from ..models.degradation import Degradation
@@ -15,6 +16,8 @@ from .loaded import LoadedRestorer
 from .pictures import bars
 from .report import stack_pictures
 from .values import check_image
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 512
 
@@ -32,7 +35,8 @@ def classify(
 
     network: whose features a bare classifier reads (DCPT's *_dc files); not needed for a file that holds both.
     window 0: the side the file was trained at if it says so, else `WINDOW`: a small network judges best what looks like its
-    training crops. labels: names for its classes instead of the file's. Raises InputError if classifier and network do not fit.
+    training crops. After running out of memory with windows of half the side, and so on. labels: names for its classes
+    instead of the file's. Raises InputError if classifier and network do not fit.
     """
     check_image(image)
     module = classifier.restorer.module
@@ -53,17 +57,32 @@ def classify(
     if named and len(named) != classes:
         raise InputError(f"labels: {len(named)} names for {classes} classes")
     window = window or int(classifier.restorer.config.get("window") or WINDOW)
-    side = min(window, max(image.shape[-2:]))
-    memory = tiling.activation_bytes(seen_by, image[:1, :, :side, :side], torch.float32)
     progress, found = host.progress(len(image)), []
-    with classifier.managed.on_device(memory) as (head, device):
-        for picture in tiling.as_rgb(image).split(1):
-            if bare:
-                with network.managed.on_device(memory) as (body, device):
-                    found.append(_one(picture.to(device), body, head.to(device), network, named, window, grid))
-            else:
-                found.append(_one(picture.to(device), head.net_g, head.net_dc, classifier, named, window, grid))
-            progress.update()
+
+    def look(picture: torch.Tensor, side: int) -> Degradation:
+        memory = tiling.activation_bytes(seen_by, picture[..., :side, :side], torch.float32)
+        with classifier.managed.on_device(memory) as (head, device):
+            if not bare:
+                return _one(picture.to(device), head.net_g, head.net_dc, classifier, named, side, grid)
+            with network.managed.on_device(memory) as (body, device):
+                return _one(picture.to(device), body, head.to(device), network, named, side, grid)
+
+    side = min(window, max(image.shape[-2:]))
+    for picture in tiling.as_rgb(image).split(1):
+        while True:
+            try:
+                found.append(host.attempt(lambda picture=picture, side=side: look(picture, side)))
+                break
+            except host.DidNotFitError:
+                pass
+            if side <= tiling.SMALLEST_TILE:
+                raise OutOfMemoryError(
+                    f"classifier: not even {side} pixels of a picture fit into memory; close other programs, unload other "
+                    "models, or use a smaller network"
+                )
+            side //= 2
+            logger.warning("out of memory: the classifier looks through windows of %d pixels", side)
+        progress.update()
     return _join(found).to(host.intermediate_device())
 
 

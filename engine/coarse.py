@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import InputError
-from ..models.layers.padding import pad_to_multiple
+from ..models.layers.padding import crop, pad_to_multiple
 from ..models.mpmf_net import CoarseImage, MPMFNet
 from . import host, tiling
 from .loaded import LoadedRestorer
@@ -22,21 +22,27 @@ def _network(loaded: LoadedRestorer) -> MPMFNet:
 
 
 def predict(loaded: LoadedRestorer, image: torch.Tensor) -> CoarseImage:
-    """The coarse clean image of every picture of [B, C, H, W], from the whole picture; not clamped."""
+    """The coarse clean image of every picture of [B, C, H, W], from the whole picture; not clamped.
+
+    From the picture at half its size, and so on, after running out of memory. Raises OutOfMemoryError as
+    `tiling.until_it_fits`.
+    """
     _network(loaded)
     check_image(image)
-    restorer, parts = loaded.restorer, []
+    multiple, smallest, parts = loaded.restorer.multiple_of, loaded.restorer.minimum_size, []
     progress = host.progress(len(image))
+
+    def look(picture: torch.Tensor) -> torch.Tensor:
+        padded, _ = pad_to_multiple(picture, multiple, smallest)
+        memory = tiling.activation_bytes(loaded, padded, torch.float32) // 16  # it works on a sixteenth of the pixels
+        with loaded.managed.on_device(memory) as (module, device):
+            coarse = module.coarse(padded.to(device)).to(host.intermediate_device())
+        return crop(coarse, (-(-picture.shape[-2] // 4), -(-picture.shape[-1] // 4)))
+
     for index in range(len(image)):
-        picture, _ = pad_to_multiple(
-            tiling.as_rgb(image[index : index + 1]), restorer.multiple_of, restorer.minimum_size
-        )
-        # The branch works on a sixteenth of the pixels.
-        with loaded.managed.on_device(tiling.activation_bytes(loaded, picture, torch.float32) // 16) as (
-            module,
-            device,
-        ):
-            parts.append(module.coarse(picture.to(device)).to(host.intermediate_device()))
+        picture, _ = pad_to_multiple(tiling.as_rgb(image[index : index + 1]), multiple, smallest)
+        coarse, size = tiling.until_it_fits(loaded, picture, look), [side // 4 for side in picture.shape[-2:]]
+        parts.append(coarse if list(coarse.shape[-2:]) == size else F.interpolate(coarse, size=size, mode="bicubic"))
         progress.update()
     return CoarseImage(torch.cat(parts))
 

@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, OutOfMemoryError
 from ..models.da_rcot import STRENGTH, MRCNet, Potential, Residual
 from ..models.features import principal_components
 from . import host, tiling
@@ -130,9 +130,19 @@ def score(loaded: LoadedRestorer, image: torch.Tensor) -> torch.Tensor:
     check_image(image)
     colour, maps = tiling.as_rgb(image), []
     progress = host.progress(len(image))
-    for index in range(len(image)):
+
+    def look(picture: torch.Tensor) -> torch.Tensor:
         with loaded.managed.on_device(200_000_000) as (module, device):
-            maps.append(module.score_map(colour[index : index + 1].to(device)).float().cpu())
+            return module.score_map(picture.to(device)).float().cpu()
+
+    for picture in colour.split(1):
+        try:
+            maps.append(host.attempt(lambda picture=picture: look(picture)))
+        except host.DidNotFitError:
+            raise OutOfMemoryError(
+                f"potential: a picture of {picture.shape[-1]} x {picture.shape[-2]} does not fit into memory beside the "
+                "network; make it smaller, close other programs or unload other models"
+            ) from None
         progress.update()
     return torch.cat(maps)
 

@@ -13,11 +13,25 @@ import torch
 
 from comfyui_mend import models
 from comfyui_mend.bench import memory as bench_memory
-from comfyui_mend.engine import host, loaded, memory, model_folder, osdface, residuals, routes, state_space, tiling
+from comfyui_mend.engine import (
+    classify,
+    coarse,
+    host,
+    loaded,
+    memory,
+    model_folder,
+    osdface,
+    residuals,
+    routes,
+    state_space,
+    tiling,
+)
 from comfyui_mend.errors import Cancelled, OutOfMemoryError
+from comfyui_mend.models.mpmf_net import CoarseImage
 
 from .support import local_restorer, wrapped
 from .test_da_rcot import SMALL as RCOT
+from .test_mpmf_net import SMALL as MPMF
 from .test_state_space import V2 as MAMBAIRV2
 
 SIZE, TILE = (1, 3, 260, 130), 128
@@ -222,6 +236,37 @@ def test_a_residual_that_does_not_fit_is_encoded_tile_by_tile(monkeypatch, caplo
     limited(monkeypatch, restorer.restorer.module, "encode_residual", 10)
     assert residuals.encode(restorer, residual).embeddings is None
     assert "encoded tile by tile" in caplog.text
+
+
+def test_a_coarse_image_that_does_not_fit_is_decided_on_a_smaller_picture(monkeypatch, caplog):
+    restorer, image = wrapped("mpmf-net", MPMF), torch.rand(2, 3, 90, 71)
+    whole = coarse.predict(restorer, image).image
+    limited(monkeypatch, restorer.restorer.module, "coarse", 60 * 60)
+    smaller = coarse.predict(restorer, image).image
+    assert smaller.shape == whole.shape and not torch.equal(smaller, whole)
+    assert "looks at the whole picture reduced to 36 x 46 pixels" in caplog.text
+    assert tiling.restore(restorer, image, context={"coarse": CoarseImage(smaller)}).isfinite().all()
+
+
+def test_a_classifier_that_runs_out_of_memory_looks_through_smaller_windows(monkeypatch, caplog):
+    nafnet = {"width": 8, "enc_blk_nums": (1, 1), "middle_blk_num": 1, "dec_blk_nums": (1, 1)}
+    head = {"feature_dims": (8, 16), "num_res_blocks": 1, "num_classes": 3}
+    pair = wrapped("dcpt-classified-network", {"backbone": "nafnet", "net_g": nafnet, "net_dc": head})
+    image = torch.rand(2, 3, 128, 200)
+    expected = classify.classify(pair, image, window=100).probabilities
+    seen = limited(monkeypatch, pair.restorer.module.net_g, "decoder_features", 110 * 110)
+    torch.testing.assert_close(classify.classify(pair, image).probabilities, expected)
+    assert "windows of 100 pixels" in caplog.text and seen[0] == 128 * 200
+    limited(monkeypatch, pair.restorer.module.net_g, "decoder_features", 0)
+    with pytest.raises(OutOfMemoryError, match="not even 50 pixels of a picture fit"):
+        classify.classify(pair, image)
+
+
+def test_a_score_that_does_not_fit_says_what_to_do(monkeypatch):
+    potential = wrapped("da-rcot-potential", {"patch_size": 32, "width": 8})
+    limited(monkeypatch, potential.restorer.module, "score_map", 0)
+    with pytest.raises(OutOfMemoryError, match="40 x 33 does not fit into memory beside the network; make it smaller"):
+        residuals.score(potential, torch.rand(1, 3, 33, 40))
 
 
 @pytest.mark.parametrize("fitting", [8, 2, 1, 0])

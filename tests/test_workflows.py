@@ -107,6 +107,15 @@ def test_a_workflow_uses_only_core_nodes_ours_and_shipped_pictures(name):
         assert node["type"] in DRAWN_ONLY or node["properties"]["cnr_id"] in ("comfyui-mend", "comfy-core")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_is_grouped_titled_and_explained(name):
+    workflow = ui_file(name)
+    assert workflow["groups"] and all(group["title"].strip() for group in workflow["groups"])
+    notes = [node for node in workflow["nodes"] if node["type"] in DRAWN_ONLY]
+    assert any(len(note["widgets_values"][0]) > 60 for note in notes)
+    assert (WORKFLOWS / f"{name}.jpg").is_file()
+
+
 def test_every_workflow_has_both_forms():
     assert sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json")) == NAMES
 

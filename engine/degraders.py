@@ -29,7 +29,7 @@ class Degrader(Protocol):
 
     name: str
     kinds: Sequence[str]
-    """Degradations it knows, a part of GenDeg's six."""
+    """Degradations it knows: of GenDeg's six, and of their mixtures with haze."""
 
     def paint(
         self, clean: torch.Tensor, kind: str, mu: float, sigma: float, seed: int, caption: str, steps: int
@@ -88,7 +88,7 @@ class Synthesised:
         lines = [f"{kind} by {degrader.name}: asked for mean {mu:.3f}, standard deviation {sigma:.3f}"]
         for number, (m, s) in enumerate(zip(self.mu.tolist(), self.sigma.tolist(), strict=True)):
             lines.append(f"picture {number}: mean {m:.3f}, standard deviation {s:.3f}")
-        preset = gendeg.PRESETS.get(kind)
+        preset = gendeg.PRESETS.get(kind) or gendeg.MIXED.get(kind)
         if preset and not (preset.mu[0] <= mu <= preset.mu[1] and preset.sigma[0] <= sigma <= preset.sigma[1]):
             low, high = preset.mu, preset.sigma
             lines.append(

@@ -249,7 +249,7 @@ class GenDegDegrader:
 
     @property
     def kinds(self) -> Sequence[str]:
-        return tuple(gendeg.PRESETS)
+        return (*gendeg.PRESETS, *gendeg.MIXED)
 
     def paint(
         self, clean: torch.Tensor, kind: str, mu: float, sigma: float, seed: int, caption: str = "", steps: int = 0
@@ -290,4 +290,5 @@ class GenDegDegrader:
         return painted[..., : size[0], : size[1]].to(clean)
 
     def _is_corrected(self, kind: str) -> bool:
-        return gendeg.PRESETS[kind].corrected or (kind == "raindrop" and self.correct_raindrops)
+        usual = kind in gendeg.PRESETS and gendeg.PRESETS[kind].corrected
+        return usual or (kind == "raindrop" and self.correct_raindrops)

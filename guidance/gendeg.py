@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -45,11 +45,17 @@ PRESETS: Mapping[str, Preset] = {
 }
 """Ranges of the official histograms. Above a mean of 0.284 the model extrapolates, though it can be asked for 0.7."""
 
+MIXED: Mapping[str, Preset] = {
+    "rain and haze": Preset("in rainy and hazy conditions", (0.055, 0.284), (0.047, 0.231), False),
+    "snow and haze": Preset("in snowy and hazy conditions", (0.044, 0.284), (0.044, 0.2), False),
+}
+"""What is asked for with the intensities of ORD and of CSD, whose pictures are hazy as well."""
+
 
 def caption(text: str, degradation: str) -> str:
-    """A caption with the published suffix of a degradation (a key of PRESETS)."""
-    text = text.strip().rstrip(",. ")
-    return f"{text}, {PRESETS[degradation].suffix}" if text else PRESETS[degradation].suffix
+    """A caption with the published suffix of a degradation (a key of PRESETS or MIXED)."""
+    text, suffix = text.strip().rstrip(",. "), (PRESETS.get(degradation) or MIXED[degradation]).suffix
+    return f"{text}, {suffix}" if text else suffix
 
 
 def measure_intensity(clean: torch.Tensor, degraded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,6 +118,17 @@ class Draw:
     mu: float
     sigma: float
     uniform: bool
+
+    def ask_for(self, degradation: str, known: Container[str] = MIXED) -> str:
+        """What to ask the generator for at these intensities: the degradation they were drawn for, or its mixture with haze.
+
+        known: what the generator knows; the published code asks for the mixture wherever the data set is hazy too.
+        """
+        mixture = _HAZY_TOO.get((degradation, self.dataset))
+        return mixture if mixture in known else degradation
+
+
+_HAZY_TOO = {("rain", "ORD"): "rain and haze", ("snow", "CSD"): "snow and haze"}
 
 
 class IntensitySampler:
@@ -179,6 +196,9 @@ def _tilted(values: Sequence[float], inside: Sequence[bool], mean: float) -> lis
     return [w / sum(weights) for w in weights]
 
 
+_ORD = Published((0.055, 0.284), 0.182, (0.047, 0.231), 0.2)
+_CSD = Published((0.044, 0.284), 0.162, (0.044, 0.200))
+
 DATASETS: Mapping[str, Mapping[str, Published]] = {
     "haze": {
         "CityscapesFog": Published((0.005, 0.284), 0.147, (0.006, 0.309)),
@@ -188,7 +208,7 @@ DATASETS: Mapping[str, Mapping[str, Published]] = {
         "RESIDE": Published((0.011, 0.284), 0.115, (0.009, 0.225)),
     },
     "rain": {
-        "ORD": Published((0.055, 0.284), 0.182, (0.047, 0.231), 0.2),
+        "ORD": _ORD,
         "Rain13K": Published((0.011, 0.284), 0.077, (0.013, 0.250)),
         "Rain1400": Published((0.011, 0.180), 0.066, (0.019, 0.131)),
         "RainDS": Published((0.016, 0.159), 0.054, (0.019, 0.153)),
@@ -196,7 +216,7 @@ DATASETS: Mapping[str, Mapping[str, Published]] = {
         "SPAC": Published((0.005, 0.055), 0.019, (0.016, 0.091)),
     },
     "snow": {
-        "CSD": Published((0.044, 0.284), 0.162, (0.044, 0.200)),
+        "CSD": _CSD,
         "CityscapesSnow": Published((0.077, 0.153), 0.108, (0.072, 0.116)),
         "Snow100k": Published((0.0, 0.279), 0.056, (0.003, 0.175)),
     },
@@ -213,6 +233,8 @@ DATASETS: Mapping[str, Mapping[str, Published]] = {
         "RainDS": Published((0.005, 0.038), 0.024, (0.047, 0.128)),
         "Raindrop": Published((0.0, 0.202), 0.064, (0.016, 0.191)),
     },
+    "rain and haze": {"ORD": _ORD},
+    "snow and haze": {"CSD": _CSD},
 }
 """Ranges, means and weights of the official histograms. These themselves come without a licence and are not here."""
 FAINTEST = 0.002

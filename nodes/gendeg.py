@@ -8,7 +8,7 @@ from ..errors import InputError
 from ..guidance import gendeg as intensities
 from . import sockets
 from .api import advanced, io
-from .gendeg_inputs import CATEGORY, KINDS, caption_input, kind_input, mu_input, sigma_input
+from .gendeg_inputs import CATEGORY, KINDS, KINDS_AND_MIXTURES, caption_input, kind_input, mu_input, sigma_input
 from .images import as_image, channels_first
 from .inputs import accepted, fingerprint, one_of, seed_input
 
@@ -82,7 +82,7 @@ class DegradationIntensity(io.ComfyNode):
             inputs=[
                 sockets.Conditioner.Input("conditioner", tooltip="From Load GenDeg."),
                 io.Clip.Input("clip", tooltip="The text encoder of Stable Diffusion 1.5."),
-                kind_input(),
+                kind_input(KINDS_AND_MIXTURES),
                 mu_input(),
                 sigma_input(),
                 caption_input(),
@@ -109,7 +109,7 @@ class DegradationIntensity(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, degradation: str) -> bool | str:
-        return one_of("degradation", degradation, KINDS)
+        return one_of("degradation", degradation, KINDS_AND_MIXTURES)
 
     @classmethod
     def execute(
@@ -217,6 +217,8 @@ class IntensitySampler(io.ComfyNode):
         found = intensities.draw_intensity(degradation, seed, index, uniform_every or None)
         how = "evenly over the range of" if found.uniform else "as in"
         text = f"{degradation}: mean {found.mu:.4f}, standard deviation {found.sigma:.4f}, {how} {found.dataset}"
+        if (wanted := found.ask_for(degradation)) != degradation:
+            text += f", whose pictures are hazy too: GenDeg is asked for {wanted}"
         return io.NodeOutput(found.mu, found.sigma, text)
 
 

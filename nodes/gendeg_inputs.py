@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..guidance import gendeg as intensities
 from .api import io
 
 CATEGORY = "Mend/degradation"
 KINDS = list(intensities.PRESETS)
+KINDS_AND_MIXTURES = [*KINDS, *intensities.MIXED]
 
 
-def kind_input() -> io.Input:
+def kind_input(kinds: Sequence[str] = KINDS) -> io.Input:
     ranges = "; ".join(
         f"{kind}: mean {p.mu[0]:.2f}..{p.mu[1]:.2f}, deviation {p.sigma[0]:.2f}..{p.sigma[1]:.2f}"
         for kind, p in intensities.PRESETS.items()
     )
     return io.Combo.Input(
-        "degradation", options=KINDS, default="haze", tooltip=f"What goes wrong. Usual intensities: {ranges}."
+        "degradation", options=list(kinds), default="haze", tooltip=f"What goes wrong. Usual intensities: {ranges}."
     )
 
 

@@ -108,7 +108,7 @@ class SynthesiseDegradation(io.ComfyNode):
         degrader = degrader or _starter()
         if mu == 0:
             drawn = intensities.draw_intensity(degradation, seed)
-            mu, sigma = drawn.mu, drawn.sigma
+            mu, sigma, degradation = drawn.mu, drawn.sigma, drawn.ask_for(degradation, degrader.kinds)
         found = degraders.synthesise(degrader, channels_first(image), degradation, mu, sigma, seed, caption, steps)
         text = found.text(degrader, degradation, mu, sigma)
         return io.NodeOutput(as_image(found.damaged), float(found.mu.mean()), float(found.sigma.mean()), text)

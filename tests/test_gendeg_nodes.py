@@ -162,6 +162,33 @@ def test_rebuilt_histograms_have_the_published_ranges_and_means(kind):
         assert published.mu[0] - 0.006 <= low and high <= published.mu[1] + 0.006
 
 
+@pytest.mark.parametrize(("kind", "dataset"), [("rain", "ORD"), ("snow", "CSD")])
+def test_intensities_of_hazy_data_sets_are_asked_for_with_haze(kind, dataset):
+    draws = [gendeg.draw_intensity(kind, 0, index) for index in range(40)]
+    assert {draw.dataset for draw in draws} > {dataset}
+    for draw in draws:
+        hazy = draw.dataset == dataset
+        assert draw.ask_for(kind) == (f"{kind} and haze" if hazy else kind)
+        assert draw.ask_for(kind, known=gendeg.PRESETS) == kind, "a generator that does not know the mixture"
+    assert gendeg.caption("a street", f"{kind} and haze") == f"a street, in {kind}y and hazy conditions"
+    assert gendeg.draw_intensity(f"{kind} and haze", 0).ask_for(f"{kind} and haze") == f"{kind} and haze"
+
+
+def test_a_data_set_by_a_generator_that_knows_mixtures_asks_for_them(tmp_path):
+    asked = []
+
+    def paint(clean, kind, mu, sigma, seed):
+        asked.append(kind)
+        return clean * 0.9
+
+    painter = make_dataset.Painter("GenDeg", ("rain", "rain and haze"), paint)
+    photos = make_dataset.from_images(torch.rand(1, 3, 8, 8))
+    make_dataset.make_dataset(photos, tmp_path, painter, ["rain"], make_dataset.Settings("GenDeg"), per_photo=40)
+    rows = make_dataset.read_manifest(tmp_path).values()
+    assert {row["degradation"] for row in rows} == {"rain"} and set(asked) == {"rain", "rain and haze"}
+    assert sorted(row["asked"]["degradation"] for row in rows) == sorted(asked)
+
+
 def test_the_sampler_node_repeats_itself_and_stays_in_the_presets():
     for kind, preset in gendeg.PRESETS.items():
         mu, sigma, text = nodes.IntensitySampler.execute(kind, seed=5, index=3).args

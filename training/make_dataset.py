@@ -155,7 +155,8 @@ def _pair(
     seed = int.from_bytes(sha256(f"{settings.seed} {file}".encode()).digest()[:4], "big")
     asked = gendeg.draw_intensity(kind, seed, copy) if painter.told else None
     mu, sigma = (asked.mu, asked.sigma) if asked else (0.0, 0.0)
-    damaged = painter.paint(clean, kind, mu, sigma, seed).clamp(0, 1).mul(255).round() / 255
+    wanted = asked.ask_for(kind, painter.kinds) if asked else kind
+    damaged = painter.paint(clean, wanted, mu, sigma, seed).clamp(0, 1).mul(255).round() / 255
     found = synthesis.measured(clean, damaged)
     row: dict[str, Any] = {
         "clean": clean_file,
@@ -166,7 +167,7 @@ def _pair(
         "by": painter.name,
     }
     if asked:
-        row["asked"] = {"mu": round(mu, 5), "sigma": round(sigma, 5)}
+        row["asked"] = {"degradation": wanted, "mu": round(mu, 5), "sigma": round(sigma, 5)}
     return row, damaged
 
 

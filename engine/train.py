@@ -65,11 +65,12 @@ def train(
     resume: bool = False,
     keep: str = "best",
     precision: str = "fp32",
+    frozen: str = "",
 ) -> Trained:
     """Trains a copy of `given`, which is left as it is.
 
     Everything the run needs to go on, and the weights so far, lie in the folder of the run when it ends, is cancelled or
-    fails. objective None: the network's usual one. Raises InputError or ConfigError if things do not fit together.
+    fails. objective None: the network's usual one. frozen: parts that do not learn, as for `finetune.freeze`. Raises InputError or ConfigError if things do not fit together.
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision: {precision!r} is unknown; one of {', '.join(PRECISIONS)}")
@@ -97,6 +98,7 @@ def train(
                 device=device,
                 validate_steps=max(25, steps // 8),
                 keep=keep,
+                frozen=frozen,
             )
             if resume:
                 tuner.resume()

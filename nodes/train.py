@@ -81,6 +81,15 @@ class TrainRestorer(io.ComfyNode):
                 sockets.Objective.Input(
                     "objective", optional=True, tooltip="How to learn. Nothing connected: as the network's paper does."
                 ),
+                advanced(
+                    io.String.Input(
+                        "freeze",
+                        default="",
+                        optional=True,
+                        tooltip="Parts of the network that keep their weights, with commas and *: encoder_level*, or E for "
+                        "AirNet's encoder. A wrong name is answered by a list of the parts.",
+                    )
+                ),
             ],
             outputs=[
                 sockets.Restorer.Output(
@@ -119,6 +128,7 @@ class TrainRestorer(io.ComfyNode):
         keep="best",
         precision="fp32",
         objective=None,
+        freeze="",
     ) -> io.NodeOutput:
         done = train.train(
             restorer,
@@ -133,6 +143,7 @@ class TrainRestorer(io.ComfyNode):
             resume=resume,
             keep=keep,
             precision=precision,
+            frozen=freeze,
         )
         return io.NodeOutput(done.restorer, as_image(done.strip), as_image(done.plot), done.text)
 

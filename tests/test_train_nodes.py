@@ -85,6 +85,41 @@ def test_another_objective_cannot_take_over_a_run(tmp_path):
         tuner(tmp_path, recipes.PixelObjective("L1")).resume()
 
 
+@pytest.mark.parametrize(
+    ("system", "config", "objective", "frozen"),
+    [
+        ("dcpt", NAFNET, recipes.PixelObjective(), ("intro", "encoders.0", "ending")),
+        ("moce-ir", MOCE, recipes.RoutingObjective(), ("patch_embed", "output")),
+    ],
+)
+def test_frozen_parts_keep_their_weights_and_the_rest_learns(tmp_path, system, config, objective, frozen):
+    given = restorer(system, config)
+    one = tuner(tmp_path, objective, given, frozen=", ".join(frozen[:-1]) + f", {frozen[-1][:-1]}*")
+    trained, before = one.train().module.state_dict(), given.module.state_dict()
+    changed = {name for name in before if not torch.equal(trained[name], before[name])}
+    kept = {name for name in before if name.startswith(tuple(f"{part}." for part in frozen))}
+    assert changed and kept and not changed & kept
+    assert one.provenance()["frozen"] == list(frozen)
+    with pytest.raises(CheckpointError, match="frozen part"):
+        tuner(tmp_path, objective, given).resume()
+
+
+def test_a_frozen_encoder_moves_its_statistics_only(tmp_path):
+    airnet = restorer("airnet", {"n_groups": 1, "n_blocks": 1, "n_feats": 16, "batch_size": 1})
+    one = tuner(tmp_path, recipes.UncertaintyObjective(), airnet, frozen="E")
+    trained, before = one.train().module.state_dict(), airnet.module.state_dict()
+    changed = {name for name in before if not torch.equal(trained[name], before[name])}
+    assert any("running_mean" in name and name.startswith("E.") for name in changed)
+    assert not any(name.startswith("E.") and name.endswith(("weight", "bias")) for name in changed)
+    assert any(name.startswith("R.") for name in changed)
+
+
+@pytest.mark.parametrize(("names", "message"), [("nothing", "its parts are"), ("*", "is the whole network")])
+def test_what_cannot_be_frozen_says_so(tmp_path, names, message):
+    with pytest.raises(InputError, match=message):
+        tuner(tmp_path, frozen=names)
+
+
 def test_crops_are_raised_to_what_the_network_takes():
     assert finetune.crop_size(restorer(), 33) == 36
     assert finetune.crop_size(restorer("moce-ir", SMALL), 33) == 40

@@ -33,7 +33,7 @@ def source(labels: tuple[str, ...] = LABELS) -> datasets.Dataset:
 
 
 def tuner(folder: Path, objective=None, given: models.Restorer | None = None, steps=4, **more) -> finetune.FineTuner:
-    own = {k: more.pop(k) for k in ("validate_steps", "keep") if k in more}
+    own = {k: more.pop(k) for k in ("validate_steps", "keep", "frozen") if k in more}
     settings = finetune.settings(steps, size=32, batch=3, learning_rate=1e-3, validation_size=32, **more)
     made = finetune.trainable_copy(given or restorer())
     return finetune.FineTuner(

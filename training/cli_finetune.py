@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--held-out", type=float, default=0.1, help="share of the pictures to validate with")
     parser.add_argument("--keep", choices=finetune.KEEP, default="best", help="which weights to keep")
+    parser.add_argument(
+        "--freeze", default="", metavar="NAMES", help='parts that do not learn: "E", "encoder*, decoder.0"'
+    )
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where the network allows it")
     parser.add_argument("--device", default="", help="where to compute (the accelerator, else the CPU)")
     parser.add_argument("--backend", default="", help="for torchrun: gloo or nccl")
@@ -84,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
         device=options.device or _device(),
         validate_steps=options.validate or max(1, options.steps // 10),
         keep=options.keep,
+        frozen=options.freeze,
     )
     tuner.resume()
     with stop_request() as should_stop:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,29 @@ def trainable_copy(restorer: Restorer) -> Restorer:
     )
 
 
+def freeze(module: nn.Module, patterns: str) -> list[str]:
+    """Lets the parameters below the named submodules keep their values; returns the names that were found.
+
+    patterns: names of submodules or parameters with commas between them, * for any part of a name: "E", "encoder*". Running
+    statistics of batch normalisations still move, as in published training with a frozen encoder (TUR's AirNet). Raises
+    InputError for a name that nothing has, and if nothing would be left to learn.
+    """
+    known = {name for name, _ in [*module.named_modules(), *module.named_parameters()] if name}
+    found: list[str] = []
+    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
+        matching = [name for name in sorted(known) if fnmatch(name, pattern) and name.count(".") == pattern.count(".")]
+        if not matching:
+            top = ", ".join(sorted({name.split(".")[0] for name in known})[:12])
+            raise InputError(f"freeze: the network has no part called {pattern!r}; its parts are {top}")
+        found += matching
+    for name in found:
+        part = module.get_parameter(name) if name in dict(module.named_parameters()) else module.get_submodule(name)
+        part.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise InputError(f"freeze: {patterns!r} is the whole network; leave out something that is to learn")
+    return found
+
+
 class _Step(nn.Module):
     """The loss of one batch as a forward pass: what DistributedDataParallel wraps."""
 
@@ -103,7 +127,7 @@ class FineTuner(Trainer):
     """One fine-tuning of a `trainable_copy`. The folder gets what a Trainer's gets, and `weights.safetensors`.
 
     validate_steps: validates the averaged weights every so many steps. keep: "best" of the validated weights, or "last".
-    held_out: validation pairs of each label. Raises InputError or ConfigError where network, data and objective do not
+    held_out: validation pairs of each label. frozen: what does not learn, as for `freeze`. Raises InputError or ConfigError where network, data and objective do not
     fit together.
     """
 
@@ -119,10 +143,12 @@ class FineTuner(Trainer):
         validate_steps: int = 0,
         keep: str = "best",
         held_out: int = 3,
+        frozen: str = "",
     ) -> None:
         if keep not in KEEP:
             raise ConfigError(f"training: keep {keep!r} is unknown; one of {', '.join(KEEP)}")
         self.restorer, self.source, self.recipe_of, self.keep = restorer, source, objective, keep
+        self.frozen = freeze(restorer.module, frozen)
         self.device = torch.device(device)
         self.size, self.batch_size = crop_size(restorer, settings.stages[0].size), settings.stages[0].batch
         which, of = distributed.share()
@@ -155,8 +181,9 @@ class FineTuner(Trainer):
 
     def _make_optimizer(self, name: str) -> torch.optim.Optimizer:
         own = self.method.groups()
-        self._trained = [*self.module.parameters(), *(p for group in own for p in group["params"])]
-        groups = [{"params": list(self.module.parameters())}, *own]
+        learning = [p for p in self.module.parameters() if p.requires_grad]
+        self._trained = [*learning, *(p for group in own for p in group["params"])]
+        groups = [{"params": learning}, *own]
         if name == "rmsprop":  # as DA-RCOT was published
             return torch.optim.RMSprop(groups, lr=self.settings.learning_rate, foreach=True)
         return torch.optim.AdamW(
@@ -174,6 +201,7 @@ class FineTuner(Trainer):
             "objective": self.recipe_of.describe(),
             "labels": list(self.source.labels),
             "crop": self.size,
+            **({"frozen": self.frozen} if self.frozen else {}),
         }
 
     # Steps
@@ -304,7 +332,7 @@ class FineTuner(Trainer):
         recipe = json.dumps(self.recipe(), default=str)
         if state.get("recipe") != recipe:
             raise CheckpointError(
-                f"{self.folder}: this run was begun with another network, objective, crop or kinds of damage; start over or "
+                f"{self.folder}: this run was begun with another network, objective, crop, frozen part or kinds of damage; start over or "
                 f"choose another name. It was {state.get('recipe')}, now {recipe}"
             )
         super().load_state(state)
@@ -336,6 +364,7 @@ class FineTuner(Trainer):
             "learning_rate": self.settings.learning_rate,
             "batch": self.batch_size,
             "crop": self.size,
+            **({"frozen": self.frozen} if self.frozen else {}),
             "seed": self.settings.seed,
             "psnr_before": {k: round(v, 3) for k, v in self.before.items()},
             "psnr": {k: round(v, 3) for k, v in self.scores().items()},

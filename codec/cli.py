@@ -14,7 +14,7 @@ from ..engine.photos import read_photo, write_photo
 from ..errors import MendError
 from . import compress
 from .container import Bitstream
-from .files import SUFFIX, read
+from .files import SUFFIX, contents, read
 
 
 def encode(arguments: Sequence[str]) -> int:
@@ -98,7 +98,7 @@ def _target(source: Path, args: argparse.Namespace, suffix: str) -> Path:
 def _write(target: Path, stream: Bitstream) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(stream.to_bytes())
+        target.write_bytes(contents(stream))
     except OSError as error:
         raise MendError(f"{target}: cannot be written ({error.strerror or error})") from None
 

@@ -26,10 +26,25 @@ def read(path: Path) -> Bitstream:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
+def contents(stream: Bitstream) -> bytes:
+    """The bytes of a stream's file. Raises InputError for more than `read` takes."""
+    data = stream.to_bytes()
+    if len(data) > LARGEST_FILE:
+        raise InputError(
+            f"bitstream: {len(data):,} bytes, a .mend file has at most {LARGEST_FILE:,}; choose a lower quality, or cut the "
+            "picture and compress the pieces"
+        )
+    return data
+
+
 def write(streams: Sequence[Bitstream], prefix: str, folder: Path) -> list[Path]:
-    """Writes one numbered file for each, never over another. Raises WorkflowError for a prefix that leaves the folder."""
+    """Writes one numbered file for each, never over another.
+
+    Raises WorkflowError for a prefix that leaves the folder, and InputError as `contents`, before anything is written.
+    """
+    files = [contents(stream) for stream in streams]
     target, name, number, _ = folders.save_location(prefix, folder, streams[0].width, streams[0].height)
     paths = [target / f"{name}_{number + k:05}_{SUFFIX}" for k in range(len(streams))]
-    for path, stream in zip(paths, streams, strict=True):
-        path.write_bytes(stream.to_bytes())
+    for path, data in zip(paths, files, strict=True):
+        path.write_bytes(data)
     return paths

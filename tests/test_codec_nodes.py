@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from comfyui_mend import __main__ as command_line
-from comfyui_mend.codec import coder, compress, rates
+from comfyui_mend.codec import coder, compress, files, rates
 from comfyui_mend.engine import folders, host
 from comfyui_mend.engine.loaded import LoadedRestorer
 from comfyui_mend.engine.pictures import from_pil
@@ -129,6 +129,14 @@ def test_no_bitstream_at_all_is_neither_decoded_nor_saved(codec, output) -> None
     for work in (lambda: nodes.DecodeBitstream.execute(codec, ()), lambda: nodes.SaveBitstream.execute(())):
         with pytest.raises(InputError, match="bitstream: the batch is empty"):
             work()
+
+
+def test_a_file_that_could_not_be_read_again_is_not_written(codec, photo, output, monkeypatch) -> None:
+    streams = nodes.EncodeBitstream.execute(codec, photo).result[0]
+    monkeypatch.setattr(files, "LARGEST_FILE", len(streams[0].to_bytes()) - 1)
+    with pytest.raises(InputError, match="choose a lower quality"):
+        nodes.SaveBitstream.execute(streams, "large")
+    assert not list(output.glob("*.mend"))
 
 
 def test_a_file_name_that_a_wire_brings_is_not_known_before_the_run() -> None:

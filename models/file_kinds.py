@@ -60,6 +60,7 @@ _OTHER_MODELS = (
     ("a diffusion transformer", ("double_blocks.0.", "joint_blocks.0.", "transformer_blocks.0.")),
     ("a ResNet-like classifier", ("layer4.0.conv1.weight",)),
     ("a VGG-like classifier", ("features.0.weight",)),
+    ("VLU-Net's CLIP adapters alone; its network files (such as 3task_vlunet.ckpt) hold them too", ("ad_imageEncoder.adapter.",)),
 )  # fmt: skip
 
 

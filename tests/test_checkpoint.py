@@ -413,6 +413,7 @@ def test_a_torchscript_archive_is_called_one(tmp_path):
         ("body.0.rdb1.conv1.weight", "ESRGAN"),
         ("down_blocks.0.resnets.0.conv1.weight", "diffusers"),
         ("text_model.encoder.layers.0.mlp.fc1.weight", "CLIP"),
+        ("ad_imageEncoder.adapter.0.weight", "CLIP adapters alone.*3task_vlunet.ckpt"),
     ],
 )
 def test_models_of_other_kinds_are_called_what_they_are(key, kind):

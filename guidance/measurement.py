@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -91,21 +92,29 @@ def task(operator: Operator) -> str:
 
 
 def footprint(operator: Operator, side: int = 96) -> torch.Tensor:
-    """[3, 240, 240] in 0..1: what one measured value looks at, the kernel; the mask of an inpainting operator."""
-    if isinstance(operator, Inpainting):
-        return operator.mask[:1, 0].expand(3, -1, -1).clone()
-    if isinstance(operator, WalshHadamard):
-        side = operator.side
-    factor = int(getattr(operator, "factor", 1))
-    blank = torch.zeros(1, 3, -(-side // factor) * factor, -(-side // factor) * factor)
+    """[3, 240, 240] in 0..1: what one measured value looks at, the kernel; the mask where masking comes last."""
+    *_, last = chain = _chain(operator)
+    if isinstance(last, Inpainting):
+        return last.mask[:1, 0].expand(3, -1, -1).clone()
+    seeing = (
+        part for part in chain if not isinstance(part, Inpainting)
+    )  # masks in between fit their own pictures only
+    operator = reduce(lambda inner, outer: Composition(outer, inner), seeing)
+    least = max(operator.input_size(1, 1))
+    blank = torch.zeros(1, 3, *operator.input_size(-(-side // least), -(-side // least)))
     y = torch.zeros_like(operator.A(blank))
     y[..., y.shape[-2] // 2, y.shape[-1] // 2] = 1.0
     seen = operator.A_adjoint(y)[0]
     seen = seen / seen.abs().max().clamp_min(1e-12)
-    if not isinstance(operator, WalshHadamard):
+    if not isinstance(last, WalshHadamard):
         seen = _trim(seen)
     seen = seen / 2 + 0.5 if float(seen.min()) < -0.02 else seen.clamp_min(0)
     return F.interpolate(seen[None], size=(240, 240), mode="nearest")[0]
+
+
+def _chain(operator: Operator) -> list[Operator]:
+    """The operators that a composition is made of, in the order in which they act."""
+    return [*_chain(operator.inner), *_chain(operator.outer)] if isinstance(operator, Composition) else [operator]
 
 
 def _trim(seen: torch.Tensor) -> torch.Tensor:

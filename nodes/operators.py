@@ -295,8 +295,7 @@ class OperatorCompose(io.ComfyNode):
     @classmethod
     def execute(cls, first, second) -> io.NodeOutput:
         both = build.compose(first, second)
-        shown = second if isinstance(second, operators.Inpainting) else both
-        return io.NodeOutput(both, as_image(measured.footprint(shown)[None]))
+        return io.NodeOutput(both, as_image(measured.footprint(both)[None]))
 
 
 class OperatorFromDegradation(io.ComfyNode):

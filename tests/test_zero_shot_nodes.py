@@ -121,6 +121,27 @@ def test_every_operator_has_a_picture_and_restores(name: str, consistency) -> No
     assert restored.shape == image.shape and bool(torch.isfinite(restored).all())
 
 
+def _chains() -> dict[str, list]:
+    mask = build.inpainting(torch.rand(1, 64, 40, generator=torch.Generator().manual_seed(0)).round())
+    blur, sensed = OPERATORS["blur gaussian reflect"], build.compressed_sensing(64, 0.5, 0)
+    small = [build.downsampling(kind, factor) for kind in build.DOWNSAMPLING for factor in (5, 7)]
+    chains = {"mask, blur": [mask, blur], "blur, mask, blur": [blur, mask, blur], "mask, mask": [mask, mask]}
+    chains |= {f"blur, small {number}": [blur, one] for number, one in enumerate(small)}
+    return chains | {
+        "blur, sensing": [blur, sensed],
+        "twice smaller": [*small[:2], blur],
+        "mask, small": [mask, small[0]],
+    }
+
+
+@pytest.mark.parametrize("name", _chains())
+def test_every_chain_of_operators_has_a_picture(name: str) -> None:
+    first, *others = _chains()[name]
+    for other in others:
+        first, picture = operator_nodes.OperatorCompose.execute(first, other).result
+    assert picture.shape[0] == 1 and picture.shape[-1] == 3 and 0 < float(picture.max()) <= 1
+
+
 @pytest.mark.parametrize("name", ["downsample bicubic", "inpaint", "blur gaussian circular", "colourise"])
 def test_rdmd_takes_every_kind_of_measurement(name: str, epsilon) -> None:
     found = measurement.measure(OPERATORS[name], torch.rand(1, 3, 16, 16), 0.02)

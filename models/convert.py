@@ -42,7 +42,8 @@ def save(restorer: Restorer, path: str | Path, *, force: bool = False, precision
         raise InputError(f"precision {precision!r}: one of {', '.join(_PRECISIONS)}")
     state = {key: _stored(value, _PRECISIONS[precision]) for key, value in _weights(restorer).items()}
     tasks = restorer.metadata.get("tasks", "")
-    described = metadata(restorer.architecture.id, restorer.config, tasks=tasks, **more)
+    known = {"tasks": tasks, "licence": restorer.stated_licence, **more}
+    described = metadata(restorer.architecture.id, restorer.config, **known)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

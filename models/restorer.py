@@ -58,8 +58,13 @@ class Restorer:
     @property
     def licence(self) -> str:
         """Of the weights: as the file says it, else Mend's for the files that come with it, else the official ones'."""
+        return self.stated_licence or self.architecture.licence
+
+    @property
+    def stated_licence(self) -> str:
+        """What is known of these very weights, to be passed on to what is made of them; "" if nothing."""
         own = bool(self.source) and (_OWN_WEIGHTS / self.source).is_file()
-        return self.metadata.get("licence") or ("Apache-2.0, as Mend" if own else self.architecture.licence)
+        return self.metadata.get("licence") or ("Apache-2.0, as Mend" if own else "")
 
     @property
     def parameters(self) -> int:

@@ -21,7 +21,7 @@ from comfyui_mend.engine import host
 from comfyui_mend.errors import CheckpointError, ConfigError, InputError
 from comfyui_mend.models import checkpoint as reading
 from comfyui_mend.models import convert
-from comfyui_mend.training import trainer
+from comfyui_mend.training import finetune, trainer
 
 CONFIG = {
     "dim": 8,
@@ -506,3 +506,11 @@ def test_a_licence_is_the_files_own_before_the_methods(tmp_path):
     for licence in (None, "CC0"):
         trainer.export(shipped.module, tmp_path / "own.safetensors", "mair", shipped.config, licence=licence)
         assert models.load(tmp_path / "own.safetensors").licence == (licence or shipped.architecture.licence)
+
+
+def test_what_is_made_of_a_file_keeps_its_licence(tmp_path):
+    file = host.PACK / "weights" / "mend-mair-x2-starter.safetensors"
+    shipped, (converted, _) = models.load(file), convert.convert(file, tmp_path / "converted.safetensors")
+    assert models.load(converted).licence == shipped.licence
+    finetune.write(finetune.trainable_copy(shipped), tmp_path / "tuned.safetensors")
+    assert models.load(tmp_path / "tuned.safetensors").licence == shipped.licence

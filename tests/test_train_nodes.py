@@ -99,7 +99,8 @@ def test_frozen_parts_keep_their_weights_and_the_rest_learns(tmp_path, system, c
     changed = {name for name in before if not torch.equal(trained[name], before[name])}
     kept = {name for name in before if name.startswith(tuple(f"{part}." for part in frozen))}
     assert changed and kept and not changed & kept
-    assert one.provenance()["frozen"] == list(frozen)
+    assert one.provenance()["frozen"] == sorted(frozen)
+    assert tuner(tmp_path, objective, given, frozen=", ".join(reversed(frozen))).resume(), "in another order"
     with pytest.raises(CheckpointError, match="frozen part"):
         tuner(tmp_path, objective, given).resume()
 
@@ -228,6 +229,19 @@ def test_a_file_that_was_trained_before_keeps_its_earlier_history(moce, outputs)
     second, *_ = run_node(first)
     history = json.loads(second.restorer.metadata["training"])
     assert history["earlier"]["steps"] == 3
+
+
+def test_what_was_trained_of_mends_own_weights_keeps_their_licence(outputs):
+    own = models.load(host.PACK / "weights" / "wiring-nafnet.safetensors")
+    trained, *_ = run_node(loaded.wrap(own))
+    assert trained.restorer.licence == own.licence != own.architecture.licence
+
+
+def test_a_loss_that_reaches_nothing_that_learns_says_so(tmp_path):
+    one = tuner(tmp_path, frozen="intro")
+    one.module.requires_grad_(False)
+    with pytest.raises(InputError, match="depends on nothing that learns.*freeze less"):
+        one.step()
 
 
 def test_nodes_make_what_they_say(outputs):

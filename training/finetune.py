@@ -75,26 +75,26 @@ def trainable_copy(restorer: Restorer) -> Restorer:
 
 
 def freeze(module: nn.Module, patterns: str) -> list[str]:
-    """Lets the parameters below the named submodules keep their values; returns the names that were found.
+    """Lets the parameters below the named submodules keep their values; returns the names that were found, sorted.
 
     patterns: names of submodules or parameters with commas between them, * for any part of a name: "E", "encoder*". Running
     statistics of batch normalisations still move, as in published training with a frozen encoder (TUR's AirNet). Raises
     InputError for a name that nothing has, and if nothing would be left to learn.
     """
     known = {name for name, _ in [*module.named_modules(), *module.named_parameters()] if name}
-    found: list[str] = []
+    found: set[str] = set()
     for pattern in filter(None, (part.strip() for part in patterns.split(","))):
         matching = [name for name in sorted(known) if fnmatch(name, pattern) and name.count(".") == pattern.count(".")]
         if not matching:
-            top = ", ".join(sorted({name.split(".")[0] for name in known})[:12])
+            top = ", ".join(sorted({name.split(".")[0] for name in known}))
             raise InputError(f"freeze: the network has no part called {pattern!r}; its parts are {top}")
-        found += matching
+        found.update(matching)
     for name in found:
         part = module.get_parameter(name) if name in dict(module.named_parameters()) else module.get_submodule(name)
         part.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise InputError(f"freeze: {patterns!r} is the whole network; leave out something that is to learn")
-    return found
+    return sorted(found)
 
 
 class _Step(nn.Module):
@@ -219,6 +219,11 @@ class FineTuner(Trainer):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
                 loss, parts = self._forward(batch, torch.Generator().manual_seed(seed))
             self._random = torch.get_rng_state()
+        if not loss.requires_grad:
+            raise InputError(
+                f"freeze: with {', '.join(self.frozen)} frozen, the loss of step {self.progress.step + 1} depends on nothing "
+                "that learns (an expert that no picture took, say); freeze less"
+            )
         loss.backward()
         descended = self._descend(self._trained)
         values = {"loss": float(loss.detach()), **{name: float(value) for name, value in parts.items()}}
@@ -379,10 +384,12 @@ class FineTuner(Trainer):
         config = dict(self.restorer.config)
         if hasattr(module, "with_complexity"):
             config["with_complexity"] = module.with_complexity
+        stated = self.restorer.stated_licence
         metadata = {
             **self.restorer.metadata,
             "tasks": ",".join(self.method.good_for(self.restorer.tasks)),
             "training": json.dumps(self.provenance(), default=str),
+            **({"licence": stated} if stated else {}),
         }
         base = self.restorer.source.removesuffix(".safetensors")
         return Restorer(self.restorer.architecture, config, module, f"{base} fine-tuned", [], metadata)
@@ -403,8 +410,8 @@ def crop_size(restorer: Restorer, size: int) -> int:
 
 def write(restorer: Restorer, path: Path, half: bool = True) -> None:
     """Saves a restorer as safetensors with configuration, tasks and provenance; models.load reads it."""
-    module = restorer.module
-    export(module, path, restorer.architecture.id, restorer.config, restorer.tasks, _training(restorer), half)
+    described = (restorer.architecture.id, restorer.config, restorer.tasks, _training(restorer))
+    export(restorer.module, path, *described, half, restorer.stated_licence or None)
 
 
 def _training(restorer: Restorer) -> dict[str, Any]:

@@ -21,9 +21,9 @@ def check_image(image: torch.Tensor, name: str = "image") -> None:
 
 def check_values(image: torch.Tensor, name: str = "image") -> None:
     """Raises InputError for values that are NaN, infinite or beyond `LARGEST`. An empty batch passes."""
-    if bool((image.abs() <= LARGEST).all()):
-        return
     bad = int((~torch.isfinite(image)).sum())
+    if not bad and bool((image.abs() <= LARGEST).all()):
+        return
     if bad:
         raise InputError(
             f"{name}: {bad} values are NaN or infinite; the node before this one failed (often half precision in a "

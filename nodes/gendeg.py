@@ -218,7 +218,7 @@ class IntensitySampler(io.ComfyNode):
         how = "evenly over the range of" if found.uniform else "as in"
         text = f"{degradation}: mean {found.mu:.4f}, standard deviation {found.sigma:.4f}, {how} {found.dataset}"
         if (wanted := found.ask_for(degradation)) != degradation:
-            text += f", whose pictures are hazy too: GenDeg is asked for {wanted}"
+            text += f", whose pictures are hazy too: choose {wanted} in Degradation Intensity"
         return io.NodeOutput(found.mu, found.sigma, text)
 
 

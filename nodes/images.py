@@ -23,7 +23,7 @@ def as_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 def connected_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """MASK as [B, H, W]; None stays None. A single [H, W] is taken as a batch of one."""
+    """MASK as [B, H, W] in float32; None stays None. A single [H, W] is taken as a batch of one."""
     if mask is None:
         return None
-    return mask[None] if mask.ndim == 2 else mask
+    return (mask[None] if mask.ndim == 2 else mask).float()

@@ -26,6 +26,7 @@ from comfyui_mend.engine import (
 )
 from comfyui_mend.errors import InputError
 from comfyui_mend.nodes.degrade import DegradeImage
+from comfyui_mend.nodes.restore import RestorationMix
 
 from .test_da_rcot import SMALL as RCOT
 from .test_tur import SMALL as TUR
@@ -111,3 +112,17 @@ def test_empty_batches_are_refused_or_stay_empty(moce) -> None:
 
 def test_the_largest_values_of_half_precision_files_pass() -> None:
     values.check_image(torch.full((1, 3, 2, 2), 65504.0))
+
+
+def test_infinity_is_found_in_half_precision_too() -> None:
+    picture = torch.ones(1, 3, 2, 2, dtype=torch.float16)
+    values.check_values(picture)
+    picture[0, 0, 0, 0] = float("inf")
+    with pytest.raises(InputError, match="1 values are NaN or infinite"):
+        values.check_values(picture)
+
+
+def test_a_mask_of_true_and_false_is_a_mask() -> None:
+    picture, mask = torch.rand(1, 4, 4, 3), torch.ones(4, 4, dtype=torch.bool)
+    mixed = RestorationMix.execute(picture, 1 - picture, mask=mask).result[0]
+    torch.testing.assert_close(mixed, 1 - picture)

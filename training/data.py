@@ -113,19 +113,19 @@ def _mixture(*kinds: str, strength: float = 0.7) -> tuple[Degradation, ...]:
 
 
 STARTER_TASKS = (
-    _single("noise", 0.30, "noise"),
+    _single("noise", 0.36, "noise"),
     _single("channel-noise", 0.02, "channel-noise"),
     _single("poisson", 0.02, "poisson"),
     _single("blur", 0.12, "blur", choice=3),
     _single("motion-blur", 0.07, "motion-blur", choice=3),
     _single("defocus", 0.02, "defocus", choice=3),
     _single("downsample", 0.02, "downsample", choice=3),
-    _single("rain", 0.045, "rain"),
+    _single("rain", 0.055, "rain"),
     _single("raindrops", 0.015, "raindrops"),
-    _single("snow", 0.06, "snow"),
-    _single("haze", 0.30, "haze", smallest=0.12),
+    _single("snow", 0.07, "snow"),
+    _single("haze", 0.28, "haze", smallest=0.12),
     _single("low-light", 0.18, "low-light", smallest=0.12),
-    _single("jpeg", 0.17, "jpeg", choice=3),
+    _single("jpeg", 0.21, "jpeg", choice=3),
     Task("clean", 0.05, ((),), smallest=0.25),
     Task("haze and noise", 0.06, (_mixture("haze", "noise", strength=1.0),), smallest=0.12),
     Task(

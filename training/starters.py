@@ -94,7 +94,7 @@ STARTERS: Mapping[str, Starter] = {
             "num_blocks": [2, 2, 2, 3],
             "num_dec_blocks": [1, 1, 1],
             "heads": [1, 2, 4, 8],
-            "num_refinement_blocks": 3,
+            "num_refinement_blocks": 5,
             "ffn_expansion_factor": 2,
             "LayerNorm_type": "WithBias",
             "num_experts": 4,

@@ -69,7 +69,7 @@ def test_a_workflow_has_a_thumbnail_titled_groups_and_no_overlaps(name):
     with Image.open(WORKFLOWS / f"{name}.jpg") as thumbnail:
         assert min(thumbnail.size) >= 64 and max(thumbnail.size) <= 1024
     assert overlaps(ui) + cramped(ui) == []
-    assert all(group["title"].strip() for group in ui["groups"])
+    assert ui["groups"] and all(group["title"].strip() for group in ui["groups"])
     assert any(node["type"] in DRAWN_ONLY for node in ui["nodes"]), "a note says what to do"
 
 
@@ -105,15 +105,6 @@ def test_a_workflow_uses_only_core_nodes_ours_and_shipped_pictures(name):
             assert (folders.SHIPPED_INPUTS / node["inputs"]["image"]).is_file()
     for node in ui_file(name)["nodes"]:
         assert node["type"] in DRAWN_ONLY or node["properties"]["cnr_id"] in ("comfyui-mend", "comfy-core")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_workflow_is_grouped_titled_and_explained(name):
-    workflow = ui_file(name)
-    assert workflow["groups"] and all(group["title"].strip() for group in workflow["groups"])
-    notes = [node for node in workflow["nodes"] if node["type"] in DRAWN_ONLY]
-    assert any(len(note["widgets_values"][0]) > 60 for note in notes)
-    assert (WORKFLOWS / f"{name}.jpg").is_file()
 
 
 def test_every_workflow_has_both_forms():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -45,22 +45,27 @@ def compress(
     """
     image = rgb(image)
     height, width = image.shape[1:]
-    while True:
-        side = min(tile or max(height, width), max(height, width))
+    side = min(tile or max(height, width), max(height, width))
 
-        def work(side: int = side, tile: int = tile, overlap: int = overlap) -> Bitstream:
-            with codec.managed.on_device(_activations(codec, side * min(side, height, width))) as (module, _):
-                progress = host.progress(coder.part_count(height, width, tile, overlap))
-                return coder.encode(module, image, quality, tile=tile, overlap=overlap, step=progress.update)
+    def work(tiles: tuple[int, int]) -> Bitstream:
+        with codec.managed.on_device(_activations(codec, side * min(side, height, width))) as (module, _):
+            progress = host.progress(coder.part_count(height, width, *tiles))
+            return coder.encode(module, image, quality, tile=tiles[0], overlap=tiles[1], step=progress.update)
 
-        try:
-            return host.attempt(work)
-        except host.DidNotFitError:
-            if side <= SMALLEST_TILE:
-                raise _too_little_memory(codec, side) from None
-        tile = max(SMALLEST_TILE, tiling.round_up(side // 2, LATENT_STRIDE))
-        overlap = min(overlap, tile // 4)
-        logger.warning("out of memory: compressing in tiles of %d pixels", tile)
+    def halves() -> Iterator[tuple[int, int]]:
+        nonlocal side
+        yield tile, overlap
+        narrow = overlap
+        while side > SMALLEST_TILE:
+            side = max(SMALLEST_TILE, tiling.round_up(side // 2, LATENT_STRIDE))
+            narrow = min(narrow, side // 4)
+            logger.warning("out of memory: compressing in tiles of %d pixels", side)
+            yield side, narrow
+
+    try:
+        return host.first_that_fits(work, halves())
+    except host.DidNotFitError:
+        raise _too_little_memory(codec, side) from None
 
 
 def compress_to_size(codec: LoadedRestorer, image: torch.Tensor, size: int, **settings: int) -> Bitstream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -68,20 +68,23 @@ def classify(
                 return _one(picture.to(device), body, head.to(device), network, named, side, grid)
 
     side = min(window, max(image.shape[-2:]))
-    for picture in tiling.as_rgb(image).split(1):
-        while True:
-            try:
-                found.append(host.attempt(lambda picture=picture, side=side: look(picture, side)))
-                break
-            except host.DidNotFitError:
-                pass
-            if side <= tiling.SMALLEST_TILE:
-                raise OutOfMemoryError(
-                    f"classifier: not even {side} pixels of a picture fit into memory; close other programs, unload other "
-                    "models, or use a smaller network"
-                )
+
+    def halves() -> Iterator[int]:
+        nonlocal side
+        yield side
+        while side > tiling.SMALLEST_TILE:
             side //= 2
             logger.warning("out of memory: the classifier looks through windows of %d pixels", side)
+            yield side
+
+    for picture in tiling.as_rgb(image).split(1):
+        try:
+            found.append(host.first_that_fits(lambda side, picture=picture: look(picture, side), halves()))
+        except host.DidNotFitError:
+            raise OutOfMemoryError(
+                f"classifier: not even {side} pixels of a picture fit into memory; close other programs, unload other "
+                "models, or use a smaller network"
+            ) from None
         progress.update()
     return _join(found).to(host.intermediate_device())
 

@@ -11,7 +11,7 @@ import sys
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..errors import Cancelled, InputError
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Trial = TypeVar("Trial")
 
 PACK = Path(__file__).resolve().parent.parent
 PREVIEW_INTERVAL = 0.3
@@ -183,6 +184,20 @@ def attempt(work: Callable[[], Result]) -> Result:
             raise
         error.__traceback__ = None  # its frames hold the tensors that did not fit
     release_memory(device())
+    raise DidNotFitError
+
+
+def first_that_fits(work: Callable[[Trial], Result], trials: Iterable[Trial]) -> Result:
+    """work(trial) for the first of the trials, each of which asks for less, whose allocations succeed.
+
+    A further trial is drawn only after the one before failed, so a generator can say there what is done instead. Raises
+    DidNotFitError if none fits.
+    """
+    for trial in trials:
+        try:
+            return attempt(lambda trial=trial: work(trial))
+        except DidNotFitError:
+            continue
     raise DidNotFitError
 
 

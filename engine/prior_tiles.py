@@ -7,7 +7,7 @@ everything makes of each tile what it would make of a picture of that size, whic
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import torch
@@ -32,19 +32,21 @@ def in_parts(network: Network, loaded: LoadedRestorer, dtype: torch.dtype, devic
     def evaluate(x: torch.Tensor, sigma: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
         height, width = x.shape[-2:]
         side = min([max(height, width), *largest, tiling.choose_tile(loaded, height, width, dtype, device)])
-        while True:
-            try:
-                return host.attempt(lambda side=side: _evaluate(x, sigma, told, max(side, smallest)))
-            except host.DidNotFitError:
-                pass
-            if side <= smallest:
-                raise OutOfMemoryError(
-                    f"{restorer.architecture.title}: not even a tile of {smallest} pixels fits into memory; close other "
-                    "programs, unload other models, or use a smaller network"
-                )
+        try:
+            return host.first_that_fits(lambda side: _evaluate(x, sigma, told, max(side, smallest)), _halves(side))
+        except host.DidNotFitError:
+            raise OutOfMemoryError(
+                f"{restorer.architecture.title}: not even a tile of {smallest} pixels fits into memory; close other "
+                "programs, unload other models, or use a smaller network"
+            ) from None
+
+    def _halves(side: int) -> Iterator[int]:
+        yield side
+        while side > smallest:
             side = max(smallest, tiling.round_up(side // 2, restorer.multiple_of))
             largest.append(side)
             logger.warning("out of memory: the prior goes on with tiles of %d pixels", side)
+            yield side
 
     def _evaluate(x: torch.Tensor, sigma: torch.Tensor, told: torch.Tensor, side: int) -> torch.Tensor:
         height, width = x.shape[-2:]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -371,24 +371,25 @@ def until_it_fits(loaded: LoadedRestorer, image: torch.Tensor, look: Callable[[t
     After running out of memory of the picture at half its size, and so on. Raises OutOfMemoryError if even a picture
     of the smallest tile's size does not fit.
     """
-    restorer = loaded.restorer
-    while True:
-        try:
-            return host.attempt(lambda image=image: look(image))
-        except host.DidNotFitError:
-            pass
-        height, width = image.shape[-2:]
-        if max(height, width) <= SMALLEST_TILE:
-            raise OutOfMemoryError(
-                f"{restorer.architecture.title}: what it decides on the whole picture does not fit into memory even for "
-                f"{width} x {height} pixels; close other programs, unload other models, or use a smaller network"
-            )
-        image = F.interpolate(image, size=[max(1, side // 2) for side in (height, width)], mode="area")
-        logger.warning(
-            "out of memory: %s looks at the whole picture reduced to %d x %d pixels",
-            restorer.architecture.title,
-            *image.shape[:1:-1],
-        )
+    title, size = loaded.restorer.architecture.title, list(image.shape[-2:])
+
+    def smaller_and_smaller() -> Iterator[torch.Tensor]:
+        nonlocal size
+        picture = image
+        yield picture
+        while max(size) > SMALLEST_TILE:
+            size = [max(1, side // 2) for side in size]
+            picture = F.interpolate(picture, size=size, mode="area")
+            logger.warning("out of memory: %s looks at the whole picture reduced to %d x %d pixels", title, *size[::-1])
+            yield picture
+
+    try:
+        return host.first_that_fits(look, smaller_and_smaller())
+    except host.DidNotFitError:
+        raise OutOfMemoryError(
+            f"{title}: what it decides on the whole picture does not fit into memory even for {size[1]} x {size[0]} "
+            "pixels; close other programs, unload other models, or use a smaller network"
+        ) from None
 
 
 def reduced(loaded: LoadedRestorer, image: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

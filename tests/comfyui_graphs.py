@@ -8,8 +8,6 @@ class KeepForTest with an input "value" hands its value to the caller.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -40,21 +38,12 @@ def run(
     timeout: float = 1800,
 ) -> dict[str, Outcome]:
     """Runs graphs one after another in one ComfyUI on the CPU. Skips the test where there is no ComfyUI."""
-    import pytest
     from safetensors.torch import load_file
 
     from comfyui_mend.engine import folders
-    from comfyui_mend.engine.comfyui import find_comfyui
 
-    from .comfyui_page import find_python
+    from .comfyui_process import run_script
 
-    root = find_comfyui()
-    if root is None:
-        pytest.skip("no ComfyUI found: set COMFYUI_PATH or install one at ~/comfy/ComfyUI")
-    python = find_python(root)
-    probe = "import torch, torchvision, torchaudio, aiohttp, transformers, yaml, av"
-    if subprocess.run([python, "-c", probe], capture_output=True).returncode:
-        pytest.skip(f"{python} lacks ComfyUI's packages: set MEND_COMFYUI_PYTHON")
     place.mkdir(parents=True, exist_ok=True)
     job = {
         "graphs": graphs,
@@ -64,11 +53,7 @@ def run(
         "kept": str(place),
     }
     (place / "job.json").write_text(json.dumps(job))
-    environment = {**os.environ, "COMFYUI_PATH": str(root)}
-    environment.pop("PYTHONPATH", None)
-    command = [python, str(TESTS / "comfyui_graphs.py"), str(place / "job.json"), str(place / "result.json")]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, f"ComfyUI failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    run_script("comfyui_graphs.py", place / "job.json", place / "result.json", place=place, timeout=timeout)
     outcomes = {}
     for name, entry in json.loads((place / "result.json").read_text()).items():
         images = {node: [Path(path) for path in paths] for node, paths in entry.pop("images").items()}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ from PIL import Image
 from comfyui_mend import models
 from comfyui_mend.engine import degraders, folders
 from comfyui_mend.engine import gendeg as engine
-from comfyui_mend.engine.comfyui import find_comfyui
 from comfyui_mend.engine.loaded import wrap
 from comfyui_mend.errors import CheckpointError, InputError, MissingDependency
 from comfyui_mend.guidance import gendeg, synthesis
@@ -25,7 +22,7 @@ from comfyui_mend.training import degradation_model as training
 from comfyui_mend.training import make_dataset
 
 from . import comfyui_graphs
-from .comfyui_page import find_python
+from .comfyui_process import run_script
 from .make_gendeg_checkpoint import CORRECTION_CONFIG, write_gendeg
 from .make_workflow import WORKFLOWS
 
@@ -384,15 +381,7 @@ def test_the_workflow_runs_in_comfyui_and_one_node_equals_the_chain(files, tmp_p
 
 @pytest.mark.comfyui
 def test_sampling_in_comfyui_is_the_published_one(files, tmp_path):
-    root = find_comfyui()
-    if root is None:
-        pytest.skip("no ComfyUI found: set COMFYUI_PATH or install one at ~/comfy/ComfyUI")
-    script = Path(__file__).resolve().parent / "gendeg_reference.py"
-    environment = {**os.environ, "COMFYUI_PATH": str(root)}
-    environment.pop("PYTHONPATH", None)
-    command = [find_python(root), str(script), str(files), str(tmp_path / "result.json")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("gendeg_reference.py", files, tmp_path / "result.json", place=tmp_path, timeout=900)
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["averaged"] and found["spread"] > 0.01 and found["difference"] < 1e-4
     assert found["odd"] == [1, 3, 37, 75] and found["rounded"] < 0.001 and found["log"] == []

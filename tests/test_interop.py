@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
 from comfyui_mend import models
-from comfyui_mend.engine.comfyui import find_comfyui
 from comfyui_mend.errors import CheckpointError
 from comfyui_mend.models import foreign, interop
 
-from .comfyui_page import find_python
-
-TESTS = Path(__file__).resolve().parent
+from .comfyui_process import comfyui_python, run_script
 
 
 @pytest.fixture(scope="module")
 def answer(tmp_path_factory) -> dict:
     """What with_spandrel.py found, in the Python that has ComfyUI's packages."""
-    root = find_comfyui()
-    if root is None:
-        pytest.skip("no ComfyUI found: set COMFYUI_PATH or install one at ~/comfy/ComfyUI")
-    python = find_python(root)
-    if subprocess.run([python, "-c", "import spandrel"], capture_output=True).returncode:
-        pytest.skip(f"{python} cannot import spandrel: set MEND_COMFYUI_PYTHON")
+    root, _ = comfyui_python("spandrel")
     place = tmp_path_factory.mktemp("spandrel")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [python, str(TESTS / "with_spandrel.py"), str(root), str(place)]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
+    done = run_script("with_spandrel.py", root, place, place=place, packages="spandrel", timeout=600)
     lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER")]
     assert lines, f"it failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return json.loads(lines[0].removeprefix("ANSWER"))

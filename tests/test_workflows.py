@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,16 @@ from PIL import Image
 
 from comfyui_mend import models
 from comfyui_mend.engine import folders
-from comfyui_mend.engine.comfyui import find_comfyui
 from comfyui_mend.engine.node_api import GraphBuilder, io
 from comfyui_mend.engine.runner import Runner
 from comfyui_mend.engine.validation import validate_prompt
 from comfyui_mend.engine.video import VIDEO_SUFFIXES
 from comfyui_mend.engine.workflow_format import DRAWN_ONLY, read, to_api, widgets
 
-from .comfyui_page import find_python
+from .comfyui_process import run_script
 from .engine_cases import CASES, Nodes, observe
 from .make_workflow import WORKFLOWS, classes, cramped, missing_models, overlaps, plain
 
-TESTS = Path(__file__).resolve().parent
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 CLASSES = classes()
 SAME = 2 / 255
@@ -205,14 +201,7 @@ BAD_PROMPTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def comfyui(tmp_path_factory):
     """What one process of a real ComfyUI says to all workflows and bad prompts."""
-    root = find_comfyui()
-    if root is None:
-        pytest.skip("no ComfyUI found: set COMFYUI_PATH or install one at ~/comfy/ComfyUI")
     place = tmp_path_factory.mktemp("comfyui")
-    python = find_python(root)
-    probe = "import torch, torchvision, torchaudio, aiohttp, transformers, yaml, av"
-    if subprocess.run([python, "-c", probe], capture_output=True).returncode:
-        pytest.skip(f"{python} lacks ComfyUI's packages: set MEND_COMFYUI_PYTHON")
     runnable = [name for name in NAMES if not missing_models(ui_file(name))]
     job = {
         "workflows": {name: plain(api_file(name)) for name in runnable},
@@ -221,11 +210,7 @@ def comfyui(tmp_path_factory):
         "output": str(place / "output"),
     }
     (place / "job.json").write_text(json.dumps(job))
-    environment = {**os.environ, "COMFYUI_PATH": str(root), **KEEPS_FREED_MEMORY}
-    environment.pop("PYTHONPATH", None)
-    command = [python, str(TESTS / "in_comfyui.py"), str(place / "job.json"), str(place / "result.json")]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, f"ComfyUI failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    run_script("in_comfyui.py", place / "job.json", place / "result.json", place=place, **KEEPS_FREED_MEMORY)
     return {**json.loads((place / "result.json").read_text()), "output": place / "output"}
 
 

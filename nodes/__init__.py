@@ -35,6 +35,7 @@ FAMILIES: tuple[str, ...] = (
     "face_identity",
     "codec",
     "operators",
+    "measurements",
     "guidance",
     "zero_shot_samplers",
     "datasets",

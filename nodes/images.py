@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from ..engine import host
+from ..engine import host, tiling
+from ..engine.values import check_image
 
 
 def channels_first(image: torch.Tensor) -> torch.Tensor:
     """IMAGE [B, H, W, C] as [B, C, H, W] float32; the input is not modified."""
     return image.movedim(-1, 1).float()
+
+
+def colours_first(image: torch.Tensor) -> torch.Tensor:
+    """IMAGE as [B, 3, H, W] without transparency. Raises InputError for an empty batch and values that are no colours."""
+    picture = channels_first(image)
+    check_image(picture)
+    return tiling.as_rgb(picture)
 
 
 def as_image(image: torch.Tensor) -> torch.Tensor:

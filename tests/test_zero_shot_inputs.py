@@ -14,7 +14,7 @@ import torch
 from comfyui_mend.engine import operator_builders as build
 from comfyui_mend.errors import InputError
 from comfyui_mend.guidance import measurement, operators
-from comfyui_mend.nodes import guidance, zero_shot_samplers
+from comfyui_mend.nodes import guidance, measurements, zero_shot_samplers
 from comfyui_mend.nodes import operators as operator_nodes
 
 SIGMAS = torch.tensor([1.0, 0.5, 0.0])
@@ -118,7 +118,7 @@ def test_a_mask_takes_the_size_of_the_picture_that_it_meets(where: str, height: 
     build._told.clear()
     image = torch.rand(2, height, 100, 3)
     with caplog.at_level(logging.WARNING):
-        made = [operator_nodes.Measure.execute(operator, image, 0.0).result[0] for _ in range(2)]
+        made = [measurements.Measure.execute(operator, image, 0.0).result[0] for _ in range(2)]
     told = f"mask: 64 x 64 pixels, resized to {100 // factor} x {height // factor}"
     assert [r.getMessage() for r in caplog.records] == [told]
     half = height // factor // 2
@@ -127,11 +127,11 @@ def test_a_mask_takes_the_size_of_the_picture_that_it_meets(where: str, height: 
     assert where == "before a blur" or float(made[0].y[:, :, :half].abs().max()) == 0
 
     small = torch.rand(2, height // factor, 100 // factor, 3)
-    real = operator_nodes.MeasurementFromImage.execute(operator, small, 0.05).result[0]
+    real = measurements.MeasurementFromImage.execute(operator, small, 0.05).result[0]
     assert real.size == (height, 100)
-    for direction in operator_nodes.DIRECTIONS:
+    for direction in measurements.DIRECTIONS:
         seen = small if direction in ("adjoint", "pseudo-inverse") else image
-        operator_nodes.ApplyOperator.execute(operator, seen, direction)
+        measurements.ApplyOperator.execute(operator, seen, direction)
 
 
 def test_the_empty_mask_of_loadimage_marks_nothing_and_scattered_pixels_stay_single(caplog) -> None:
@@ -139,11 +139,11 @@ def test_the_empty_mask_of_loadimage_marks_nothing_and_scattered_pixels_stay_sin
     image = torch.rand(1, 80, 100, 3)
     empty = operator_nodes.OperatorInpaint.execute(torch.zeros(1, 64, 64)).result[0]
     with caplog.at_level(logging.WARNING):
-        seen = operator_nodes.Measure.execute(empty, image, 0.0).result[1]
+        seen = measurements.Measure.execute(empty, image, 0.0).result[1]
     torch.testing.assert_close(seen, image)
     assert "marks nothing as missing" in caplog.text
     scattered = operator_nodes.OperatorInpaint.execute(torch.zeros(1, 64, 64), 0.8, 3).result[0]
-    found = operator_nodes.Measure.execute(scattered, image, 0.0).result[0]
+    found = measurements.Measure.execute(scattered, image, 0.0).result[0]
     as_published = build.inpainting(torch.zeros(1, 80, 100), 0.8, 3)
     assert torch.equal(found.operator.mask, as_published.mask)
 
@@ -152,8 +152,8 @@ def test_masks_belong_to_all_pictures_or_one_to_each() -> None:
     masks = torch.zeros(3, 8, 8)
     operator = operator_nodes.OperatorInpaint.execute(masks).result[0]
     with pytest.raises(InputError, match="3 masks for 2 pictures; connect one for all or one for each"):
-        operator_nodes.Measure.execute(operator, torch.rand(2, 8, 8, 3))
-    assert operator_nodes.Measure.execute(operator, torch.rand(3, 8, 8, 3)).result[1].shape == (3, 8, 8, 3)
+        measurements.Measure.execute(operator, torch.rand(2, 8, 8, 3))
+    assert measurements.Measure.execute(operator, torch.rand(3, 8, 8, 3)).result[1].shape == (3, 8, 8, 3)
 
 
 def test_a_kernel_without_a_picture_is_refused() -> None:
@@ -172,7 +172,7 @@ MENUS = [
     (operator_nodes.OperatorBlur, "kind", ()),
     (operator_nodes.OperatorBlur, "borders", ()),
     (operator_nodes.OperatorCompressedSensing, "side", ()),
-    (operator_nodes.ApplyOperator, "direction", (operators.Denoising(), torch.rand(1, 8, 8, 3))),
+    (measurements.ApplyOperator, "direction", (operators.Denoising(), torch.rand(1, 8, 8, 3))),
     (zero_shot_samplers.SamplerCm4ir, "noise_sign", (SEEN,)),
     (zero_shot_samplers.SamplerRdmd, "result", (SEEN,)),
 ]
@@ -195,7 +195,7 @@ def test_a_choice_that_a_wire_or_the_api_brings_must_be_in_the_menu(node, name: 
 
 def test_every_menu_of_a_zero_shot_node_is_checked() -> None:
     checked = {(node, name) for node, name, _ in MENUS}
-    for node in (*guidance.NODES, *operator_nodes.NODES, *zero_shot_samplers.NODES):
+    for node in (*guidance.NODES, *operator_nodes.NODES, *measurements.NODES, *zero_shot_samplers.NODES):
         for slot in node.GET_SCHEMA().inputs or []:
             if getattr(slot, "options", None) and slot.id != "model_name":
                 assert (node, slot.id) in checked, (node, slot.id)

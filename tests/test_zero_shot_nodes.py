@@ -10,7 +10,7 @@ from comfyui_mend.engine import host, loaded, model_folder, zero_shot
 from comfyui_mend.engine import operator_builders as build
 from comfyui_mend.errors import Cancelled, InputError
 from comfyui_mend.guidance import measurement, operators
-from comfyui_mend.nodes import guidance, node_classes
+from comfyui_mend.nodes import guidance, measurements, node_classes
 from comfyui_mend.nodes import operators as operator_nodes
 
 UNET = {
@@ -115,7 +115,7 @@ def test_rdmd_steps_chain_into_exactly_the_restoration(epsilon, small) -> None:
 def test_every_operator_has_a_picture_and_restores(name: str, consistency) -> None:
     operator, image = OPERATORS[name], torch.rand(1, 16, 16, 3)
     assert measurement.footprint(operator).shape[0] == 3
-    found, seen = operator_nodes.Measure.execute(operator, image, 0.05, 1).result
+    found, seen = measurements.Measure.execute(operator, image, 0.05, 1).result
     assert seen.shape[-1] == 3 and float(seen.min()) >= 0 and float(seen.max()) <= 1
     restored = guidance.ZeroShotRestore.execute(consistency, found, seed=1, steps=2).result[0]
     assert restored.shape == image.shape and bool(torch.isfinite(restored).all())
@@ -165,10 +165,10 @@ def test_noise_is_not_measured_where_the_picture_is_missing() -> None:
 def test_a_real_picture_becomes_a_measurement_with_its_noise_estimated() -> None:
     clean = torch.linspace(0.2, 0.8, 96).expand(1, 3, 96, 96).movedim(1, -1)
     noisy = clean + 0.05 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    found, noise = operator_nodes.MeasurementFromImage.execute(build.downsampling("bicubic", 4.0), noisy).result
+    found, noise = measurements.MeasurementFromImage.execute(build.downsampling("bicubic", 4.0), noisy).result
     assert noise == pytest.approx(0.05, rel=0.1) and found.size == (384, 384)
     with pytest.raises(InputError, match="no picture"):
-        operator_nodes.MeasurementFromImage.execute(OPERATORS["compressed sensing"], noisy)
+        measurements.MeasurementFromImage.execute(OPERATORS["compressed sensing"], noisy)
 
 
 @pytest.mark.parametrize(("label", "name"), [("blur", "blur"), ("noise", "denoising"), ("rain", "denoising")])
@@ -190,7 +190,7 @@ def test_the_width_of_a_blur_is_estimated_in_the_right_order() -> None:
 def test_what_an_operator_keeps_and_loses_make_the_picture() -> None:
     image = torch.rand(1, 16, 16, 3) * 0.2 + 0.4
     kept, lost = (
-        operator_nodes.ApplyOperator.execute(OPERATORS["downsample average"], image, d).result[0]
+        measurements.ApplyOperator.execute(OPERATORS["downsample average"], image, d).result[0]
         for d in ("what it keeps", "what it loses")
     )
     assert torch.allclose(kept + lost - 0.5, image, atol=1e-5)

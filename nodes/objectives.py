@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..training.objectives.base import Weighted
+from ..training.objectives.dcpt import MODES
+from ..training.objectives.pixel import PIXEL_LOSSES
 from ..training.objectives.recipes import (
-    PIXEL_LOSSES,
     ClassificationObjective,
     DenoisingObjective,
     PixelObjective,
@@ -21,7 +22,6 @@ CATEGORY = "Mend/training"
 SLOTS = 4
 _TUR_SETTINGS = ["data set", "3task", "5task", "7task"]
 _ACCUMULATE = {"as published": None, "as released": True, "as in the paper": False}
-_DCPT_MODES = ["dcpt", "direct", "classifier"]
 _PRIORS = ["denoising", "consistency"]
 
 
@@ -145,7 +145,7 @@ class Classification(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "mode",
-                    options=_DCPT_MODES,
+                    options=list(MODES),
                     default="dcpt",
                     tooltip="dcpt: as in the paper. direct: restore instead of reproduce. classifier: only the classifier "
                     "learns, the network stays as it is.",
@@ -181,11 +181,11 @@ class Classification(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, mode: str | None) -> bool | str:
-        return one_of("mode", mode, _DCPT_MODES)
+        return one_of("mode", mode, MODES)
 
     @classmethod
     def execute(cls, mode="dcpt", gamma=2.0, stages="", blocks=2) -> io.NodeOutput:
-        return io.NodeOutput(ClassificationObjective(chosen("mode", mode, _DCPT_MODES), gamma, stages, blocks))
+        return io.NodeOutput(ClassificationObjective(chosen("mode", mode, list(MODES)), gamma, stages, blocks))
 
 
 class Transport(io.ComfyNode):

@@ -13,7 +13,7 @@ from comfyui_mend import models
 from comfyui_mend.engine import host, loaded, pictures, zero_shot
 from comfyui_mend.errors import ConfigError, InputError
 from comfyui_mend.training import finetune
-from comfyui_mend.training.objectives import recipes
+from comfyui_mend.training.objectives import rcot, recipes
 from comfyui_mend.training.objectives.base import Batch, Pass, Weighted
 
 from .conftest import SMALL
@@ -147,7 +147,7 @@ def test_transport_needs_crops_that_the_potential_takes():
 
 
 def test_noise_has_numbers_of_its_own():
-    ids = recipes.degradation_ids(("rain", "noise", "haze + noise", "haze"))
+    ids = rcot.degradation_ids(("rain", "noise", "haze + noise", "haze"))
     assert ids["noise"] < 3 and ids["haze + noise"] < 3 and {ids["rain"], ids["haze"]} == {3, 4}
 
 

@@ -65,6 +65,11 @@ class Network:
     def scale(self) -> int:
         return self.architecture.scale(self.config)
 
+    def example(self, size: int) -> torch.Tensor:
+        """A grey picture [1, 3, size, size], to find out with what the network does."""
+        parameter = next(self.module.parameters())
+        return torch.full((1, 3, size, size), 0.5, device=parameter.device, dtype=parameter.dtype)
+
     def __call__(self, image: torch.Tensor, generator: torch.Generator) -> Outputs:
         """Runs it as in training; `generator` (CPU) gives what it draws, routing noise for one."""
         if self.last is None:

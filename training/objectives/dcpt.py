@@ -7,14 +7,18 @@ fine-tuned as usual. The network is any that has `decoder_features` (NAFNet, Swi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...errors import ConfigError
+from ...errors import ConfigError, InputError
 from ...models.dcpt_classifier import DegradationClassifier
+from .base import Method, Network, Objective, Parts, Pass, capture
 
 MODES = ("dcpt", "direct", "classifier")
 
@@ -75,3 +79,114 @@ def dcpt_step(
     features = network.decoder_features(degraded)
     logits = classifier(features, degraded)
     return Step(restored, features, logits, F.l1_loss(restored, clean), focal_loss(logits, label, gamma))
+
+
+# The objective --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassificationObjective(Objective):
+    """DCPT's pre-training (Hu et al., ICLR 2025): reproduce clean pictures, and let a classifier tell from the decoder's
+    features what is wrong with damaged ones. Afterwards the network is fine-tuned as usual.
+
+    stages: names of the submodules whose maps are read, with commas and *; empty: those the network was published with.
+    mode: "dcpt", "direct" (restores instead of reproducing, table 12) or "classifier" (only the classifier learns).
+    """
+
+    kind: ClassVar[str] = "dcpt"
+    mode: str = "dcpt"
+    gamma: float = 2.0
+    stages: str = ""
+    blocks: int = 2
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"DCPT: mode {self.mode!r} is unknown; one of {', '.join(MODES)}")
+
+    def start(self, network: Network, labels: Sequence[str], size: int) -> Method:
+        if len(labels) < 2:
+            raise InputError("DCPT: the data set has one kind of damage; a classifier needs at least two")
+        if network.scale != 1:
+            raise ConfigError("DCPT: the network must leave the size of pictures as it is")
+        names = stage_names(network, self.stages)
+        example = network.example(size)
+        with torch.no_grad():
+            maps = decoder_features(network, names, example, torch.Generator())
+        tokens = maps[0].ndim == 3
+        heights = [0 if tokens else m.shape[2] for m in maps]
+        alike = len(heights) > 1 and len(set(heights)) == 1  # SwinIR: all stages work at full size
+        if not alike and any(b * 2 != a for a, b in zip(heights, heights[1:], strict=False)):
+            raise ConfigError(
+                f"DCPT: the stages {', '.join(names)} give maps {heights} pixels high; each must be half the one "
+                "before, or all of one height"
+            )
+        classifier = DegradationClassifier(
+            feature_dims=[m.shape[2 if tokens else 1] for m in maps],
+            num_res_blocks=self.blocks,
+            num_classes=len(labels),
+            downsample=tokens or alike,
+        )
+        return _Classification(self, tuple(labels), names, classifier)
+
+
+STAGES = ("dec.*.2", "decoder_level*", "reduce_noise_level*", "decoderlayer_*", "dec_layers.*")
+"""Names of decoder stages, by which networks other than DCPT's are looked into."""
+
+
+def stage_names(network: Network, patterns: str = "") -> list[str]:
+    """The submodules that `patterns` name, in their order; [] for networks that show their decoder's maps themselves.
+
+    Raises ConfigError if there are none.
+    """
+    wanted = [p.strip() for p in patterns.split(",") if p.strip()]
+    if not wanted and hasattr(network.module, "decoder_features"):
+        return []
+    known = [name for name, _ in network.module.named_modules()]
+    for group in [wanted] if wanted else [[pattern] for pattern in STAGES]:
+        found = [n for n in known if any(fnmatch(n, p) and n.count(".") == p.count(".") for p in group)]
+        if found:
+            return found
+    top = sorted({n.split(".")[0] for n in known if n})
+    raise ConfigError(
+        f"DCPT: {network.architecture.title} has no submodules called {patterns or ', '.join(STAGES)}; name its decoder "
+        f"stages in stages (it has {', '.join(top[:12])})"
+    )
+
+
+def decoder_features(
+    network: Network, names: Sequence[str], image: torch.Tensor, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """The decoder's maps for `image`, highest resolution first."""
+    if not names:
+        return network.module.decoder_features(image)
+    with capture(network.module, names) as seen:
+        network(image, generator)
+    last = {name: index for index, (name, _) in enumerate(seen)}  # DA-RCOT's decoder runs more than once
+    return [seen[index][1] for index in sorted(last.values(), reverse=True)]
+
+
+class _Classification(Method):
+    def __init__(
+        self, settings: ClassificationObjective, labels: tuple[str, ...], names: list[str], net_dc: nn.Module
+    ) -> None:
+        super().__init__()
+        self.settings, self.labels, self.names, self.net_dc = settings, labels, names, net_dc
+
+    def loss(self, run: Pass) -> tuple[torch.Tensor, Parts]:
+        batch, mode = run.batch, self.settings.mode
+        target = torch.tensor([self.labels.index(label) for label in batch.labels], device=batch.damaged.device)
+        with torch.set_grad_enabled(mode != "classifier"):
+            features = decoder_features(run.network, self.names, batch.damaged, run.generator)
+        logits = self.net_dc([f.float() for f in features], batch.damaged)
+        classification = focal_loss(logits, target, self.settings.gamma)
+        right = (logits.argmax(dim=1) == target).float().mean()
+        parts = {"classification": classification, "right": right}
+        if mode == "classifier":
+            return classification, parts
+        reproduced = run.restored if mode == "direct" else run.network(batch.clean, run.generator).restored
+        pixel = F.l1_loss(reproduced.float(), batch.clean)
+        return pixel + classification, {"pixel": pixel, **parts}
+
+    def groups(self) -> list[dict[str, Any]]:
+        # Published: a third of the network's learning rate (NAFNet), and weight decay.
+        return [{"params": list(self.net_dc.parameters()), "factor": 1 / 3, "weight_decay": 1e-4}]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -17,6 +18,7 @@ from ...errors import ConfigError
 from ...models.aio_codec import LATENT_STRIDE, QUALITIES, AllInOneCodec, rate_weight
 from ...models.aio_codec_rates import gaussian_bits
 from ...models.layers.padding import crop, pad_to_multiple
+from .base import Method, Network, Objective, Parts, Pass
 
 FIRST_QUALITIES = ((0, 21), (42, 63))
 """Pairs of qualities of the published first stage; afterwards they are drawn from all 64."""
@@ -115,3 +117,37 @@ class LogRateDistortion:
         cost = weight * distortion + rate
         parts = {"cost": cost, "distortion": distortion, "bits_per_pixel": rate}
         return cost.log().mean(), {name: value.detach().mean() for name, value in parts.items()}
+
+
+# The objective --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RateDistortionObjective(Objective):
+    """What a codec's bits cost against how far its pictures are from clean ones (see rate_distortion.py)."""
+
+    kind: ClassVar[str] = "rate-distortion"
+    anchors: int = 2
+    clean: float = 0.2
+    shown: int = 40
+    """The quality that validation looks at."""
+
+    def start(self, network: Network, labels: Sequence[str], size: int) -> Method:
+        if network.architecture.kind != "codec":
+            raise ConfigError(f"rate-distortion: {network.architecture.title} is no codec")
+        return _RateDistortionMethod(RateDistortion(anchors=self.anchors, clean=self.clean), self.shown)
+
+
+class _RateDistortionMethod(Method):
+    def __init__(self, objective: RateDistortion, shown: int) -> None:
+        super().__init__()
+        self.objective, self.shown = objective, shown
+
+    def loss(self, run: Pass) -> tuple[torch.Tensor, Parts]:
+        return self.objective(run.network.module, run.batch.damaged, run.batch.clean, run.generator)
+
+    def restore(self, network: Network, image: torch.Tensor) -> torch.Tensor:
+        padded, size = pad_to_multiple(image, network.architecture.multiple_of(network.config))
+        quality = torch.full((len(image),), self.shown, device=image.device)
+        y, z = network.module.analyse(padded, quality)
+        return crop(network.module.synthesise(network.module.quantise(y, z).y_hat, quality), size)

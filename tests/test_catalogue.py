@@ -15,28 +15,17 @@ from comfyui_mend.__main__ import main as mend
 from comfyui_mend.errors import InputError, MissingDependency
 from comfyui_mend.models import catalogue, cli
 
+from .conftest import SMALL
+
 ROOT = Path(comfyui_mend.__file__).resolve().parent
 TASKS = {"denoise", "derain", "dehaze", "deblur", "low-light", "desnow", "jpeg", "super-resolution", "faces", "prior"}
-CONFIG = {
-    "dim": 8,
-    "num_blocks": (1, 1, 1, 1),
-    "num_dec_blocks": (1, 1, 1),
-    "heads": (1, 1, 1, 1),
-    "num_refinement_blocks": 1,
-    "ffn_expansion_factor": 2,
-    "LayerNorm_type": "WithBias",
-    "num_experts": 4,
-    "topk": 1,
-    "rank_type": "spread",
-    "rank": 2,
-}
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "mine.pth"
-    torch.save({"params_ema": models.create("moce-ir", CONFIG).state_dict()}, path)
+    torch.save({"params_ema": models.create("moce-ir", SMALL).state_dict()}, path)
     return path
 
 

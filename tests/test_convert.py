@@ -14,14 +14,7 @@ from comfyui_mend.errors import CheckpointError, InputError
 from comfyui_mend.models import convert
 from comfyui_mend.training import finetune, trainer
 
-SMALL = {
-    "dim": 8,
-    "num_blocks": (1, 1, 1, 1),
-    "num_dec_blocks": (1, 1, 1),
-    "heads": (1, 1, 1, 1),
-    "num_refinement_blocks": 1,
-}
-"""Of a MoCE-IR."""
+from .conftest import SMALL
 
 
 @pytest.fixture(scope="module")

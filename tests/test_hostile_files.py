@@ -29,6 +29,8 @@ from comfyui_mend.errors import CheckpointError
 from comfyui_mend.models import checkpoint as reading
 from comfyui_mend.models.pickled import Record, unpickle
 
+from .conftest import SMALL
+
 MUTATIONS = 500  # of each kind of file; ten times as many with -m slow
 SECONDS_PER_FILE = 20
 
@@ -370,21 +372,6 @@ def test_malformed_safetensors_are_refused(kind, tmp_path):
 
 
 # ---- shapes that are absurd for the network --------------------------------------------------------------------------
-
-
-SMALL = {
-    "dim": 8,
-    "num_blocks": (1, 1, 1, 1),
-    "num_dec_blocks": (1, 1, 1),
-    "heads": (1, 1, 1, 1),
-    "num_refinement_blocks": 1,
-    "ffn_expansion_factor": 2,
-    "LayerNorm_type": "WithBias",
-    "num_experts": 4,
-    "topk": 1,
-    "rank_type": "spread",
-    "rank": 2,
-}
 
 
 @pytest.fixture(scope="module")

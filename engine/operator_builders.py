@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import InputError
-from ..guidance import kernels, operators
+from ..guidance import filters, kernels, operators
 from ..guidance.operators import Operator
 from ..guidance.priors import estimate_noise
 
@@ -26,16 +26,16 @@ BORDERS = ("circular", "zero", "reflect")
 def downsampling(kind: str, factor: float) -> Operator:
     """Down-sampling by `factor` > 1. Raises InputError for a broken factor where the kind needs a whole one."""
     if kind == "any scale":
-        return operators.Resize(1 / factor)
+        return filters.Resize(1 / factor)
     if factor != round(factor):
         raise InputError(f"factor: {factor} is not whole; choose the kind 'any scale', or a whole factor")
     whole = round(factor)
     if kind == "average":
         return operators.AveragePooling(whole)
     if kind == "bicubic":
-        return operators.bicubic_downsampling(whole)
+        return filters.bicubic_downsampling(whole)
     if kind == "bicubic, circular":
-        return operators.CircularBlur(kernels.bicubic_decimation_2d(whole), whole)
+        return filters.CircularBlur(kernels.bicubic_decimation_2d(whole), whole)
     raise InputError(f"kind: {kind!r} is not one of {', '.join(DOWNSAMPLING)}")
 
 
@@ -57,7 +57,7 @@ def blur(
             lines = [kernels.uniform_1d(size)] * 2
         else:
             lines = [kernels.gaussian_1d(size, s) for s in (sigma_across if kind == "anisotropic" else sigma, sigma)]
-        return operators.separable_blur(*lines, official_layout=official_layout)
+        return filters.separable_blur(*lines, official_layout=official_layout)
     if kind == "motion":
         kernel = kernels.motion_2d(size, angle)
     elif kind == "uniform":
@@ -72,8 +72,8 @@ def with_borders(kernel: torch.Tensor, borders: str) -> Operator:
     """A kernel [k_h, k_w] as an operator with circular or reflecting borders."""
     if borders == "reflect":
         kernel = torch.nn.functional.pad(kernel, (0, 1 - kernel.shape[1] % 2, 0, 1 - kernel.shape[0] % 2))
-        return operators.ReflectBlur(kernel)
-    return operators.CircularBlur(kernel)
+        return filters.ReflectBlur(kernel)
+    return filters.CircularBlur(kernel)
 
 
 def kernel_from_picture(image: torch.Tensor, borders: str) -> Operator:
@@ -186,7 +186,7 @@ def from_label(label: str, image: torch.Tensor, factor: int = 4) -> tuple[Operat
         operator: Operator = blur("gaussian", size, sigma, sigma, 0.0, "reflect")
         return operator, noise, f"{label}: Gaussian blur, sigma {sigma:.2f} pixels; noise {noise:.4f}"
     if kind == SMALL:
-        return operators.bicubic_downsampling(factor), noise, f"{label}: bicubic x{factor}; noise {noise:.4f}"
+        return filters.bicubic_downsampling(factor), noise, f"{label}: bicubic x{factor}; noise {noise:.4f}"
     if kind == GREY:
         return operators.Colourisation(), noise, f"{label}: colour lost; noise {noise:.4f}"
     said = label if kind == NOISE else f"{label}: no linear operator describes this, so only its noise is taken away"

@@ -9,18 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import InputError
-from .operators import (
-    AveragePooling,
-    CircularBlur,
-    Colourisation,
-    Composition,
-    Inpainting,
-    Operator,
-    ReflectBlur,
-    Resize,
-    Separable,
-    WalshHadamard,
-)
+from .filters import CircularBlur, ReflectBlur, Resize, Separable
+from .operators import AveragePooling, Colourisation, Composition, Inpainting, Operator, WalshHadamard
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comfyui_mend.errors import InputError
-from comfyui_mend.guidance import fills, kernels
+from comfyui_mend.guidance import fills, filters, kernels
 from comfyui_mend.guidance import operators as ops
 
 SKEWED = torch.rand(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -15,16 +15,16 @@ KINDS = {
     "inpainting": lambda: (ops.Inpainting(torch.rand(13, 9) > 0.5), (13, 9)),
     "colourisation": lambda: (ops.Colourisation(), (7, 11)),
     "average x3": lambda: (ops.AveragePooling(3), (12, 21)),
-    "bicubic x4": lambda: (ops.bicubic_downsampling(4), (16, 40)),
-    "bicubic x3": lambda: (ops.bicubic_downsampling(3), (27, 15)),
-    "gaussian": lambda: (ops.separable_blur(kernels.gaussian_1d(5, 1.0), kernels.gaussian_1d(7, 2.0)), (17, 24)),
-    "resize 0.4": lambda: (ops.Resize(0.4), (23, 31)),
-    "circular even kernel": lambda: (ops.CircularBlur(torch.rand(4, 6) / 12), (20, 18)),
-    "circular x3": lambda: (ops.CircularBlur(SKEWED / SKEWED.sum(), 3), (18, 27)),
-    "reflect": lambda: (ops.ReflectBlur(SKEWED / SKEWED.sum()), (9, 14)),
+    "bicubic x4": lambda: (filters.bicubic_downsampling(4), (16, 40)),
+    "bicubic x3": lambda: (filters.bicubic_downsampling(3), (27, 15)),
+    "gaussian": lambda: (filters.separable_blur(kernels.gaussian_1d(5, 1.0), kernels.gaussian_1d(7, 2.0)), (17, 24)),
+    "resize 0.4": lambda: (filters.Resize(0.4), (23, 31)),
+    "circular even kernel": lambda: (filters.CircularBlur(torch.rand(4, 6) / 12), (20, 18)),
+    "circular x3": lambda: (filters.CircularBlur(SKEWED / SKEWED.sum(), 3), (18, 27)),
+    "reflect": lambda: (filters.ReflectBlur(SKEWED / SKEWED.sum()), (9, 14)),
     "hadamard": lambda: (ops.WalshHadamard(torch.randperm(64)[:20], 8), (8, 8)),
     "mask after blur": lambda: (
-        ops.Composition(ops.Inpainting(torch.rand(12, 16) > 0.3), ops.ReflectBlur(SKEWED / SKEWED.sum())),
+        ops.Composition(ops.Inpainting(torch.rand(12, 16) > 0.3), filters.ReflectBlur(SKEWED / SKEWED.sum())),
         (12, 16),
     ),
     "smaller, then holes as large as a block": lambda: (
@@ -32,7 +32,7 @@ KINDS = {
         (12, 16),
     ),
     "blur, then smaller": lambda: (
-        ops.Composition(ops.AveragePooling(2), ops.CircularBlur(kernels.gaussian_2d(5, 1.0))),
+        ops.Composition(ops.AveragePooling(2), filters.CircularBlur(kernels.gaussian_2d(5, 1.0))),
         (12, 16),
     ),
 }
@@ -81,7 +81,7 @@ def test_the_pseudo_inverse_explains_the_measurement(operator_and_images) -> Non
     operator.iterations = 400
     y = operator.A(x)
     again = operator.A(operator.A_dagger(y))
-    loose = isinstance(operator, (ops.ReflectBlur, ops.Composition, ops.CircularBlur))
+    loose = isinstance(operator, (filters.ReflectBlur, ops.Composition, filters.CircularBlur))
     assert float((again - y).norm() / y.norm()) < (0.05 if loose else 2e-3)
 
 
@@ -96,9 +96,9 @@ def test_back_projection_moves_onto_the_measurement_and_the_prox_step_in_between
 
 
 def test_nothing_is_divided_by_zero_where_the_operator_is_blind() -> None:
-    blind = ops.separable_blur(kernels.uniform_1d(9), kernels.uniform_1d(9))
+    blind = filters.separable_blur(kernels.uniform_1d(9), kernels.uniform_1d(9))
     assert blind.A_dagger(torch.randn(1, 3, 33, 20), 0.0).isfinite().all()
-    assert ops.CircularBlur(torch.ones(4, 4) / 16).A_dagger(torch.randn(1, 3, 8, 8), 0.0).isfinite().all()
+    assert filters.CircularBlur(torch.ones(4, 4) / 16).A_dagger(torch.randn(1, 3, 8, 8), 0.0).isfinite().all()
 
 
 def test_the_pseudo_inverse_takes_measurements_that_no_picture_gives() -> None:
@@ -112,7 +112,7 @@ def test_the_pseudo_inverse_takes_measurements_that_no_picture_gives() -> None:
 
 
 def test_a_blur_is_undone_as_far_as_its_damping_allows() -> None:
-    operator, y = ops.ReflectBlur(kernels.gaussian_2d(9, 3.0)), torch.randn(1, 1, 16, 16)
+    operator, y = filters.ReflectBlur(kernels.gaussian_2d(9, 3.0)), torch.randn(1, 1, 16, 16)
     matrix = torch.stack([operator.A(one[None, None]).flatten() for one in torch.eye(256).view(256, 16, 16)], dim=1)
     matrix = matrix.double()
     expected = torch.linalg.solve(matrix.T @ matrix + 1e-4 * torch.eye(256), matrix.T @ y.double().flatten())
@@ -124,7 +124,7 @@ def test_the_published_adjoint_of_an_even_kernel_is_a_pixel_off_and_of_an_odd_on
     y = torch.randn(1, 1, 12, 10)
     for sides, shift in (((4, 6), (1, 1)), ((5, 4), (0, 1)), ((3, 5), (0, 0))):
         kernel = torch.rand(sides)
-        exact, published = (ops.CircularBlur(kernel, published_adjoint=flag).A_adjoint(y) for flag in (False, True))
+        exact, published = (filters.CircularBlur(kernel, published_adjoint=flag).A_adjoint(y) for flag in (False, True))
         torch.testing.assert_close(published, exact.roll(shift, (2, 3)))
 
 
@@ -174,11 +174,11 @@ def test_a_motion_kernel_has_its_length_and_direction() -> None:
     ("call", "message"),
     [
         (lambda: ops.AveragePooling(4).A(torch.zeros(1, 3, 10, 8)), "not divisible by the factor 4"),
-        (lambda: ops.bicubic_downsampling(4).A(torch.zeros(1, 3, 10, 8)), "not divisible by the factor 4"),
+        (lambda: filters.bicubic_downsampling(4).A(torch.zeros(1, 3, 10, 8)), "not divisible by the factor 4"),
         (lambda: ops.Inpainting(torch.ones(4, 4)).A(torch.zeros(1, 3, 5, 4)), "make them the same size"),
-        (lambda: ops.ReflectBlur(torch.ones(4, 4)), "sides must be odd"),
-        (lambda: ops.ReflectBlur(torch.ones(9, 9)).A(torch.zeros(1, 3, 4, 9)), "too few for a kernel"),
-        (lambda: ops.CircularBlur(torch.ones(9, 9)).A(torch.zeros(1, 3, 4, 9)), "larger than the image"),
+        (lambda: filters.ReflectBlur(torch.ones(4, 4)), "sides must be odd"),
+        (lambda: filters.ReflectBlur(torch.ones(9, 9)).A(torch.zeros(1, 3, 4, 9)), "too few for a kernel"),
+        (lambda: filters.CircularBlur(torch.ones(9, 9)).A(torch.zeros(1, 3, 4, 9)), "larger than the image"),
         (lambda: ops.WalshHadamard(torch.arange(3), 12), "power of two"),
         (lambda: ops.WalshHadamard(torch.arange(3), 8).A_dagger(torch.zeros(1, 3, 8, 8)), "take it from Measure"),
         (lambda: ops.Colourisation().A(torch.zeros(1, 1, 4, 4)), "1 channels"),

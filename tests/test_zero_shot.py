@@ -8,7 +8,7 @@ import torch
 
 from comfyui_mend import models
 from comfyui_mend.errors import InputError
-from comfyui_mend.guidance import cm4ir, operators, priors, rdmd, schedules
+from comfyui_mend.guidance import cm4ir, filters, operators, priors, rdmd, schedules
 
 UNET = {
     "model_channels": 32,
@@ -37,7 +37,7 @@ def epsilon() -> priors.Prior:
 
 
 def test_single_steps_chain_into_exactly_the_sampler(consistency) -> None:
-    operator, truth = operators.bicubic_downsampling(4), torch.rand(2, 3, 24, 32) * 2 - 1
+    operator, truth = filters.bicubic_downsampling(4), torch.rand(2, 3, 24, 32) * 2 - 1
     y = operator.A(truth)
     sigmas = schedules.cm4ir_sigmas(4, 250, 0.2)
     draws = [torch.randn_like(truth) for _ in range(4)]
@@ -53,7 +53,7 @@ def test_single_steps_chain_into_exactly_the_sampler(consistency) -> None:
 
 
 def test_rdmd_steps_chain_into_exactly_the_sampler(epsilon) -> None:
-    operator, truth = operators.Resize(0.5), torch.rand(1, 3, 16, 24) * 2 - 1
+    operator, truth = filters.Resize(0.5), torch.rand(1, 3, 16, 24) * 2 - 1
     y = operator.A(truth)
     schedule = schedules.rdmd_schedule(4, 0.05, factor=2)
     noise = torch.randn_like(truth)
@@ -73,7 +73,7 @@ def test_rdmd_steps_chain_into_exactly_the_sampler(epsilon) -> None:
 def test_leaving_out_what_has_no_weight_changes_nothing(tau: float, epsilon) -> None:
     calls = []
     counting = priors.Prior(lambda *a: calls.append(1) or epsilon.network(*a), epsilon.multiple_of)
-    operator, y = operators.Resize(0.5), torch.rand(1, 3, 8, 8) * 2 - 1
+    operator, y = filters.Resize(0.5), torch.rand(1, 3, 8, 8) * 2 - 1
     schedule = schedules.rdmd_schedule(5, 0.05, tau=tau, factor=2)
     u, x = rdmd.start_super_resolution(y, (16, 16), float(schedule.sigmas[0]), torch.randn(1, 3, 16, 16))
     results, counts = [], []
@@ -86,7 +86,7 @@ def test_leaving_out_what_has_no_weight_changes_nothing(tau: float, epsilon) -> 
 
 
 def test_without_measurement_noise_the_result_explains_the_measurement(consistency) -> None:
-    operator, truth = operators.bicubic_downsampling(2), torch.rand(1, 3, 16, 16) * 2 - 1
+    operator, truth = filters.bicubic_downsampling(2), torch.rand(1, 3, 16, 16) * 2 - 1
     y, sigmas = operator.A(truth), schedules.cm4ir_sigmas()
     x = cm4ir.start(operator, y) + float(sigmas[0]) * torch.randn_like(truth)
     result = cm4ir.sample(consistency, operator, y, x, sigmas, [torch.randn_like(truth)] * 3, sigma_y=0.0)

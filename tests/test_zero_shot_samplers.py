@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from comfyui_mend import models
 from comfyui_mend.errors import InputError, MissingDependency
+from comfyui_mend.guidance.filters import bicubic_downsampling
 from comfyui_mend.guidance.measurement import measure
-from comfyui_mend.guidance.operators import Denoising, bicubic_downsampling
+from comfyui_mend.guidance.operators import Denoising
 from comfyui_mend.nodes import zero_shot_samplers
 from comfyui_mend.nodes.guidance import Cm4irSigmas
 from comfyui_mend.nodes.rdmd import RdmdSigmas

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from comfyui_mend.guidance import fills, kernels, operators
+from comfyui_mend.guidance import fills, filters, kernels, operators
 
 
 def _operator(case):
@@ -14,13 +14,13 @@ def _operator(case):
     base = config.get("base", kind.removesuffix("-svd").removesuffix("-fft"))
     if kind.endswith("-fft"):
         kernel = _kernel_2d(base, config, inputs)
-        return operators.CircularBlur(kernel, config.get("factor", 1), published_adjoint=True)
+        return filters.CircularBlur(kernel, config.get("factor", 1), published_adjoint=True)
     if base == "sr-bicubic":
-        return operators.bicubic_downsampling(config["factor"])
+        return filters.bicubic_downsampling(config["factor"])
     if base.startswith("deblur-"):
         vertical, horizontal = _kernels_1d(base)
         tiled = config.get("singulars") == "tiled"
-        return operators.separable_blur(vertical, horizontal, drop_last=base == "deblur-aniso", official_layout=tiled)
+        return filters.separable_blur(vertical, horizontal, drop_last=base == "deblur-aniso", official_layout=tiled)
     if base == "sr-average":
         return operators.AveragePooling(config["factor"])
     if kind == "inpainting":
@@ -29,16 +29,16 @@ def _operator(case):
         kept = inputs["perm_key"].argsort(stable=True)[: config["size"] ** 2 // config["ratio"]]
         return operators.WalshHadamard(kept, config["size"])
     if kind == "blur-reflect-gaussian":
-        return operators.ReflectBlur(kernels.gaussian_2d(config["kernel_size"], config["std"]))
+        return filters.ReflectBlur(kernels.gaussian_2d(config["kernel_size"], config["std"]))
     if kind == "blur-reflect-kernel":
-        return operators.ReflectBlur(inputs["kernel"] / inputs["kernel"].sum())
+        return filters.ReflectBlur(inputs["kernel"] / inputs["kernel"].sum())
     if kind == "circular-blur-downsample-closed-form":
-        return operators.CircularBlur(inputs["kernel"] / inputs["kernel"].sum(), config["factor"], centre_after=True)
+        return filters.CircularBlur(inputs["kernel"] / inputs["kernel"].sum(), config["factor"], centre_after=True)
     simple = {
         "colorization": operators.Colourisation,
         "denoising": operators.Denoising,
-        "resize-sr": lambda: operators.Resize(config["scale"]),
-        "matlab-imresize": lambda: operators.Resize(config["scale"], equal_margins=False),
+        "resize-sr": lambda: filters.Resize(config["scale"]),
+        "matlab-imresize": lambda: filters.Resize(config["scale"], equal_margins=False),
     }
     return simple[kind]()
 

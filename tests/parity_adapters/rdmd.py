@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 
 from comfyui_mend import models
-from comfyui_mend.guidance import kernels, operators, priors, rdmd, schedules
+from comfyui_mend.guidance import filters, kernels, priors, rdmd, schedules
 
 
 def _operator(config, inputs):
     if config["task"] == "sr":
-        return operators.Resize(1 / config["factor"])
+        return filters.Resize(1 / config["factor"])
     if config["blur"] == "gaussian":
-        return operators.ReflectBlur(kernels.gaussian_2d(config["kernel_size"], config["kernel_std"]))
-    return operators.ReflectBlur(inputs["kernel"] / inputs["kernel"].sum())
+        return filters.ReflectBlur(kernels.gaussian_2d(config["kernel_size"], config["kernel_std"]))
+    return filters.ReflectBlur(inputs["kernel"] / inputs["kernel"].sum())
 
 
 def check_layout(case):

@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from . import node_io as io
 from . import node_ui as ui
 from .graph_builder import GraphBuilder
+from .node_io import ExecutionBlocker
 
-__all__ = ["ComfyExtension", "GraphBuilder", "io", "ui"]
+__all__ = ["ComfyExtension", "ExecutionBlocker", "GraphBuilder", "io", "ui"]
 
 
 class ComfyExtension(ABC):

@@ -15,6 +15,7 @@ from PIL import Image
 from ..errors import InputError, OutOfMemoryError
 from ..training import datasets, finetune
 from ..training.objectives.base import Objective
+from ..training.objectives.dcpt import CLASSIFIER
 from ..training.objectives.recipes import default_objective
 from . import folders, host, loaded, model_folder
 from .pictures import BACKGROUND, curves, from_pil, labelled, to_pil
@@ -32,12 +33,16 @@ _POINTS = 60
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a training gives: the restorer, pictures [1, 3, H, W] of its validation and its losses, and a report."""
+    """What a training gives: the restorer, pictures [1, 3, H, W] of its validation and its losses, and a report.
+
+    classifier: what learned to tell damages apart beside it; None with objectives other than DCPT's.
+    """
 
     restorer: loaded.LoadedRestorer
     strip: torch.Tensor
     plot: torch.Tensor
     text: str
+    classifier: loaded.LoadedRestorer | None = None
 
 
 def input_folder(name: str) -> Path:
@@ -111,12 +116,14 @@ def train(
                         "training stopped at step %d; what it has learned is in %s", tuner.progress.step, folder
                     )
                 raise
+            classifier = tuner.companions().get(CLASSIFIER)
             text = "\n".join([finetune.report(tuner), f"saved in {RUNS.as_posix()}/{folder.name}"])
             return Trained(
                 loaded.LoadedRestorer(result, host.Managed(result.module), given.options),
                 from_pil(strip(tuner.rows(), 256))[None],
                 from_pil(plot(tuner))[None],
                 text,
+                None if classifier is None else loaded.wrap(classifier),
             )
     except Exception as error:
         if not host.is_out_of_memory(error):

@@ -6,14 +6,14 @@ from ..engine import host
 
 if host.inside_comfyui():
     from comfy_api.latest import ComfyExtension, InputImpl, io, ui
-    from comfy_execution.graph_utils import GraphBuilder
+    from comfy_execution.graph_utils import ExecutionBlocker, GraphBuilder
 
     VideoFile = InputImpl.VideoFromFile
 else:
-    from ..engine.node_api import ComfyExtension, GraphBuilder, io, ui
+    from ..engine.node_api import ComfyExtension, ExecutionBlocker, GraphBuilder, io, ui
     from ..engine.video import VideoFile
 
-__all__ = ["ComfyExtension", "GraphBuilder", "VideoFile", "advanced", "io", "ui"]
+__all__ = ["ComfyExtension", "ExecutionBlocker", "GraphBuilder", "VideoFile", "advanced", "io", "ui"]
 
 
 def advanced(slot: io.Input) -> io.Input:

@@ -7,6 +7,7 @@ from ..training.objectives.dcpt import MODES
 from ..training.objectives.pixel import PIXEL_LOSSES
 from ..training.objectives.recipes import (
     ClassificationObjective,
+    ClassifierGuidanceObjective,
     DenoisingObjective,
     PixelObjective,
     RateDistortionObjective,
@@ -186,6 +187,57 @@ class Classification(io.ComfyNode):
     @classmethod
     def execute(cls, mode="dcpt", gamma=2.0, stages="", blocks=2) -> io.NodeOutput:
         return io.NodeOutput(ClassificationObjective(chosen("mode", mode, list(MODES)), gamma, stages, blocks))
+
+
+class Guidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MendClassifierGuidanceObjective",
+            display_name="Classifier Guidance Objective (DCPT)",
+            category=CATEGORY,
+            description="Restoring one kind of damage, guided by a degradation classifier that was trained on this kind of "
+            "network: it must find that kind of damage in the network's features. The classifier stays as it is.",
+            inputs=[
+                sockets.Restorer.Input(
+                    "classifier",
+                    tooltip="From Train Restorer with a Degradation Classification Objective, or a DCPT *_dc file; of the same "
+                    "kind of network.",
+                ),
+                io.String.Input("target", default="", tooltip="The class to find: one of the classifier's labels."),
+                io.Float.Input(
+                    "pixel",
+                    default=1.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.1,
+                    tooltip="Weight of the difference to the clean picture. 0: guidance only, for Combine Objectives.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=1.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    tooltip="Weight of the classifier's verdict. Published: 1.",
+                ),
+                advanced(
+                    io.String.Input(
+                        "stages",
+                        default="",
+                        tooltip="Names of the decoder stages to look at, with commas and *, if the classifier was trained with "
+                        "names.",
+                    )
+                ),
+            ],
+            outputs=_objective_output(),
+        )
+
+    @classmethod
+    def execute(cls, classifier, target="", pixel=1.0, guidance=1.0, stages="") -> io.NodeOutput:
+        made = ClassifierGuidanceObjective(classifier.restorer, target, pixel, guidance, stages)
+        made.head_and_target()  # said now rather than after the data set was read
+        return io.NodeOutput(made)
 
 
 class Transport(io.ComfyNode):
@@ -415,4 +467,4 @@ class CombineObjectives(io.ComfyNode):
         return io.NodeOutput(Weighted(tuple((o, w) for o, w in found if o is not None)))
 
 
-NODES = [Pixel, Routing, Uncertainty, Classification, Transport, RateDistortion, Denoising, CombineObjectives]
+NODES = [Pixel, Routing, Uncertainty, Classification, Guidance, Transport, RateDistortion, Denoising, CombineObjectives]

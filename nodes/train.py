@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..engine import train
 from ..training import finetune
 from . import sockets
-from .api import advanced, io
+from .api import ExecutionBlocker, advanced, io
 from .images import as_image
 from .inputs import first_problem, one_of, seed_input
 
@@ -106,6 +106,12 @@ class TrainRestorer(io.ComfyNode):
                 io.String.Output(
                     "text", display_name="text", tooltip="Validation before and after, and where it is saved."
                 ),
+                sockets.Restorer.Output(
+                    "classifier",
+                    display_name="classifier",
+                    tooltip="What learned to tell damages apart beside the network, for Classify Degradation. Only with a "
+                    "Degradation Classification Objective.",
+                ),
             ],
         )
 
@@ -145,7 +151,10 @@ class TrainRestorer(io.ComfyNode):
             precision=precision,
             frozen=freeze,
         )
-        return io.NodeOutput(done.restorer, as_image(done.strip), as_image(done.plot), done.text)
+        classifier = done.classifier or ExecutionBlocker(
+            "classifier: only training with a Degradation Classification Objective gives one"
+        )
+        return io.NodeOutput(done.restorer, as_image(done.strip), as_image(done.plot), done.text, classifier)
 
 
 class SaveRestorer(io.ComfyNode):

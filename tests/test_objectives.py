@@ -99,6 +99,69 @@ def test_only_the_classifier_learns_where_asked(tmp_path):
     assert not torch.equal(classes, one.method.net_dc.fc.weight)
 
 
+@pytest.mark.parametrize("system, config", [("dcpt", NAFNET), ("dcpt", SWINIR), ("moce-ir", SMALL)])
+def test_what_a_classifier_learned_is_written_beside_the_network(system, config, tmp_path):
+    one = tuner(tmp_path, recipes.ClassificationObjective(blocks=1), restorer(system, config), steps=2)
+    one.train()
+    made = models.load(tmp_path / "classifier.safetensors")
+    assert made.architecture.kind == "classifier" and tuple(made.config["labels"]) == LABELS
+    alone = system == "moce-ir"  # it shows no maps to a classifier outside training
+    head = made.module if alone else made.module.net_dc
+    assert json.loads(made.metadata["training"])["objective"]["kind"] == "dcpt"
+    for name, value in one.method.net_dc.state_dict().items():
+        torch.testing.assert_close(head.state_dict()[name], value.half().float(), atol=0, rtol=0)
+    if not alone:
+        image = batch().damaged
+        with torch.no_grad():
+            expected = one.method.net_dc(one.module.decoder_features(image), image)
+        torch.testing.assert_close(made.module(image), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_guidance_moves_the_features_towards_the_class_and_leaves_the_classifier(tmp_path):
+    learned = tuner(tmp_path / "a", recipes.ClassificationObjective("classifier", blocks=1), steps=2)
+    learned.train()
+    file = str(tmp_path / "a" / "classifier.safetensors")
+    for target in ("rain", "2"):
+        goal = recipes.ClassifierGuidanceObjective(file, target, pixel=0.0)
+        one = tuner(tmp_path / target, goal, steps=12)
+        before = {k: v.clone() for k, v in one.method.net_dc.state_dict().items()}
+        image = batch().damaged
+
+        def sure(one=one, image=image):
+            with torch.no_grad():
+                return one.method.net_dc(one.module.decoder_features(image), image).log_softmax(1)[:, one.method.target]
+
+        first = sure()
+        one.train()
+        assert (sure() > first).all()
+        assert all(torch.equal(v, one.method.net_dc.state_dict()[k]) for k, v in before.items())
+    assert one.provenance()["objective"]["classifier"] == file
+
+
+def test_guidance_adds_the_difference_to_the_clean_picture():
+    net, one = network(restorer()), batch()
+    dims = [f.shape[1] for f in net.module.decoder_features(one.damaged)]
+    head = restorer("dcpt", {"feature_dims": dims, "num_res_blocks": 1, "num_classes": 2, "labels": ("a", "b")})
+    goal = recipes.ClassifierGuidanceObjective(head, "B", pixel=2.0, weight=3.0)
+    loss, parts = goal.start(net, LABELS, 32).loss(Pass(net, one, torch.Generator()))
+    logits = head.module(net.module.decoder_features(one.damaged), one.damaged)
+    expected = -logits.log_softmax(dim=1)[:, 1].mean()
+    torch.testing.assert_close(parts["guidance"], expected)
+    pixel = (net.module(one.damaged) - one.clean).abs().mean()
+    torch.testing.assert_close(loss, 2 * pixel + 3 * expected)
+
+
+def test_guidance_by_what_does_not_fit_says_so():
+    net = network(restorer())
+    other = restorer("dcpt", {"feature_dims": (5, 10), "num_res_blocks": 1, "num_classes": 2, "labels": ("a", "b")})
+    with pytest.raises(InputError, match="another network|feature maps"):
+        recipes.ClassifierGuidanceObjective(other, "a").start(net, LABELS, 32)
+    with pytest.raises(InputError, match="no class 'c'; it knows a, b"):
+        recipes.ClassifierGuidanceObjective(other, "c").start(net, LABELS, 32)
+    with pytest.raises(InputError, match="no degradation classifier"):
+        recipes.ClassifierGuidanceObjective(restorer(), "a").start(net, LABELS, 32)
+
+
 def test_stages_that_do_not_halve_or_exist_are_named():
     net = network(restorer("moce-ir", SMALL))
     with pytest.raises(ConfigError, match="half"):

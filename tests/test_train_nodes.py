@@ -12,9 +12,11 @@ import torch
 from comfyui_mend import models
 from comfyui_mend.engine import folders, host, loaded, model_folder
 from comfyui_mend.errors import Cancelled, CheckpointError, ConfigError, InputError
+from comfyui_mend.nodes import classify as classify_nodes
 from comfyui_mend.nodes import datasets as dataset_nodes
 from comfyui_mend.nodes import objectives as objective_nodes
 from comfyui_mend.nodes import train as train_nodes
+from comfyui_mend.nodes.api import ExecutionBlocker
 from comfyui_mend.training import cli_finetune, datasets, finetune
 from comfyui_mend.training.objectives import recipes
 from comfyui_mend.training.objectives.base import Weighted
@@ -155,7 +157,8 @@ def run_node(given: loaded.LoadedRestorer, objective=None, **options):
 
 def test_training_inside_inference_mode_leaves_the_loaded_network_alone(moce, outputs):
     before = {k: v.clone() for k, v in moce.restorer.module.state_dict().items()}
-    trained, strip, plot, text = run_node(moce)
+    trained, strip, plot, text, classifier = run_node(moce)
+    assert isinstance(classifier, ExecutionBlocker) and "Classification Objective" in classifier.message
     assert all(torch.equal(v, moce.restorer.module.state_dict()[k]) for k, v in before.items())
     assert not any(p.requires_grad for p in moce.restorer.module.parameters())
     after = trained.restorer.module.state_dict()
@@ -222,6 +225,23 @@ def test_a_saved_restorer_is_listed_and_loads_with_its_history(moce, outputs):
     history = json.loads(again.metadata["training"])
     assert history["steps"] == 3 and set(history["psnr"]) == {"noise", "rain"}
     assert history["objective"]["kind"] == "sum" and history["data"]["pictures"] == 1
+
+
+def test_a_classifier_that_was_trained_can_be_used_at_once(outputs):
+    given = loaded.wrap(restorer())
+    goal = objective_nodes.Classification.execute("classifier", blocks=1)[0]
+    *_, classifier = run_node(given, goal)
+    photo = torch.rand(1, 40, 36, 3, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        found, label, *_ = classify_nodes.ClassifyDegradation.execute(classifier, photo).args
+        assert found.labels == ("noise", "rain") and label in found.labels
+        guided = objective_nodes.Guidance.execute(classifier, "Rain", guidance=0.1)[0]
+    trained, *_, none = run_node(given, guided)
+    assert isinstance(none, ExecutionBlocker)
+    history = json.loads(trained.restorer.metadata["training"])
+    assert history["objective"] == guided.describe() and history["objective"]["classifier"].endswith("classifier")
+    with pytest.raises(InputError, match="no class"):
+        objective_nodes.Guidance.execute(classifier, "haze")
 
 
 def test_a_file_that_was_trained_before_keeps_its_earlier_history(moce, outputs):

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..models import Restorer
 from ..models.layers.padding import crop, pad_to_multiple
 from . import distributed
 from .datasets import Sample, Source, Stream
-from .objectives.base import Batch, Network, Objective, Parts, Pass
+from .objectives.base import Batch, Network, Objective, Parts, Pass, own_copy
 from .trainer import Settings, Stage, Trainer, export, psnr
 
 TRAINABLE = ("restorer", "codec", "prior")
@@ -58,12 +58,7 @@ def trainable_copy(restorer: Restorer) -> Restorer:
         raise InputError(
             f"restorer: {restorer.architecture.title} is a {restorer.architecture.kind}; it cannot be trained here"
         )
-    with torch.inference_mode(False):
-        module = deepcopy(restorer.module).cpu().float()
-        for tensor in [*module.parameters(), *module.buffers()]:
-            if tensor.is_inference():
-                tensor.data = tensor.data.clone()
-        module.requires_grad_(True)
+    module = own_copy(restorer.module).requires_grad_(True)
     return Restorer(
         restorer.architecture,
         dict(restorer.config),
@@ -394,11 +389,31 @@ class FineTuner(Trainer):
         base = self.restorer.source.removesuffix(".safetensors")
         return Restorer(self.restorer.architecture, config, module, f"{base} fine-tuned", [], metadata)
 
+    def companions(self) -> dict[str, Restorer]:
+        """What learned beside the network (DCPT's classifier), on the CPU, by the names of its files.
+
+        It belongs to the network's present weights, not to their average.
+        """
+        stated = self.restorer.stated_licence
+        metadata = {
+            "training": json.dumps(self.provenance(), default=str),
+            **({"licence": stated} if stated else {}),
+        }
+        found = {}
+        with torch.inference_mode(False):
+            for name, made in self.method.companions(self.network).items():
+                module = deepcopy(made.module).cpu().eval().requires_grad_(False)
+                module = module.to(memory_format=torch.contiguous_format)
+                found[name] = replace(made, module=module, source=f"{self.folder.name} {name}", metadata=metadata)
+        return found
+
     def export(self) -> Path:
-        """Writes the weights that are kept, in half precision, as a file that loads by itself."""
+        """Writes the weights that are kept, in half precision, as a file that loads by itself; and its companions."""
         path = self.folder / WEIGHTS
         if distributed.leads():
             write(self.result(), path)
+            for name, made in self.companions().items():
+                write(made, self.folder / f"{name}.safetensors")
         return path
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from torch import nn
 from ...errors import ConfigError
 from ...models.moce_ir import Routing
 from ...models.registry import Architecture
+from ...models.restorer import Restorer
 
 Parts = dict[str, torch.Tensor]
 
@@ -136,6 +138,10 @@ class Method(nn.Module):
         """How validation runs the network on damaged pictures [B, 3, h, w]."""
         return network.restore(image)
 
+    def companions(self, network: Network) -> dict[str, Restorer]:
+        """What learned beside the network and is of use by itself, by the names of its files. Modules are shared."""
+        return {}
+
     def good_for(self, given: tuple[str, ...]) -> tuple[str, ...]:
         """What the trained file says it is for; `given`: what the file that training began with says."""
         return given
@@ -211,9 +217,22 @@ class _Sum(Method):
     def groups(self) -> list[dict[str, Any]]:
         return [group for method in self.methods for group in method.groups()]
 
+    def companions(self, network: Network) -> dict[str, Restorer]:
+        return {name: made for method in self.methods for name, made in method.companions(network).items()}
+
     def restore(self, network: Network, image: torch.Tensor) -> torch.Tensor:
         own = [m for m in self.methods if type(m).restore is not Method.restore]
         return (own[0] if own else super()).restore(network, image)
+
+
+def own_copy(module: nn.Module) -> nn.Module:
+    """The module with weights of its own, in float32 on the CPU, that can take part in training, wherever it was made."""
+    with torch.inference_mode(False):
+        copied = deepcopy(module).cpu().float()
+        for tensor in [*copied.parameters(), *copied.buffers()]:
+            if tensor.is_inference():
+                tensor.data = tensor.data.clone()
+        return copied
 
 
 # Looking into networks ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ fine-tuned as usual. The network is any that has `decoder_features` (NAFNet, Swi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, ClassVar
@@ -17,10 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import ConfigError, InputError
-from ...models.dcpt_classifier import DegradationClassifier
-from .base import Method, Network, Objective, Parts, Pass, capture
+from ...models import Restorer, checkpoint, registry
+from ...models.dcpt_classifier import LABELS, ClassifiedNetwork, DegradationClassifier
+from .base import Method, Network, Objective, Parts, Pass, capture, own_copy
 
 MODES = ("dcpt", "direct", "classifier")
+CLASSIFIER = "classifier"
+"""Name of the file that gets what a classifier has learned beside a network."""
 
 
 def focal_loss(
@@ -120,13 +123,14 @@ class ClassificationObjective(Objective):
                 f"DCPT: the stages {', '.join(names)} give maps {heights} pixels high; each must be half the one "
                 "before, or all of one height"
             )
-        classifier = DegradationClassifier(
-            feature_dims=[m.shape[2 if tokens else 1] for m in maps],
-            num_res_blocks=self.blocks,
-            num_classes=len(labels),
-            downsample=tokens or alike,
-        )
-        return _Classification(self, tuple(labels), names, classifier)
+        config = {
+            "kind": "noimg",
+            "feature_dims": tuple(m.shape[2 if tokens else 1] for m in maps),
+            "num_res_blocks": self.blocks,
+            "num_classes": len(labels),
+            "downsample": tokens or alike,
+        }
+        return _Classification(self, tuple(labels), names, config, size)
 
 
 STAGES = ("dec.*.2", "decoder_level*", "reduce_noise_level*", "decoderlayer_*", "dec_layers.*")
@@ -167,10 +171,16 @@ def decoder_features(
 
 class _Classification(Method):
     def __init__(
-        self, settings: ClassificationObjective, labels: tuple[str, ...], names: list[str], net_dc: nn.Module
+        self,
+        settings: ClassificationObjective,
+        labels: tuple[str, ...],
+        names: list[str],
+        config: Mapping[str, Any],
+        size: int,
     ) -> None:
         super().__init__()
-        self.settings, self.labels, self.names, self.net_dc = settings, labels, names, net_dc
+        self.settings, self.labels, self.names, self.config, self.size = settings, labels, names, config, size
+        self.net_dc = registry.get("dcpt-classifier").build(config)
 
     def loss(self, run: Pass) -> tuple[torch.Tensor, Parts]:
         batch, mode = run.batch, self.settings.mode
@@ -190,3 +200,89 @@ class _Classification(Method):
     def groups(self) -> list[dict[str, Any]]:
         # Published: a third of the network's learning rate (NAFNet), and weight decay.
         return [{"params": list(self.net_dc.parameters()), "factor": 1 / 3, "weight_decay": 1e-4}]
+
+    def companions(self, network: Network) -> dict[str, Restorer]:
+        """The classifier: with the network that it reads, where that shows its decoder's maps by itself."""
+        if self.names:
+            made = Restorer(registry.get("dcpt-classifier"), {**self.config, "labels": self.labels}, self.net_dc)
+            return {CLASSIFIER: made}
+        pair = {
+            "backbone": network.architecture.id,
+            "net_g": dict(network.config),
+            "net_dc": dict(self.config),
+            "labels": self.labels,
+            "window": self.size,
+        }
+        both = ClassifiedNetwork(network.module, self.net_dc, network.architecture.multiple_of(network.config))
+        return {CLASSIFIER: Restorer(registry.get("dcpt-classified-network"), pair, both)}
+
+
+@dataclass(frozen=True)
+class ClassifierGuidanceObjective(Objective):
+    """DCPT's transfer to one kind of damage: a trained classifier, which stays as it is, must find `target` in what the
+    network's decoder shows of any picture, while the network restores.
+
+    classifier: a file, or loaded; with a network inside, only its classifier is used. target: one of its labels, or a
+    number. pixel, weight: of the L1 difference to the clean picture and of the cross entropy (published: 1 and 1).
+    stages: as in ClassificationObjective; those that the classifier was trained with.
+    """
+
+    kind: ClassVar[str] = "dcpt-guidance"
+    classifier: Restorer | str = ""
+    target: str = ""
+    pixel: float = 1.0
+    weight: float = 1.0
+    stages: str = ""
+
+    def start(self, network: Network, labels: Sequence[str], size: int) -> Method:
+        head, target = self.head_and_target()
+        parameter = next(network.module.parameters())
+        net_dc = own_copy(head).to(parameter.device).eval().requires_grad_(False)
+        names = stage_names(network, self.stages)
+        example = network.example(size)
+        with torch.no_grad():  # raises InputError for a classifier of other maps
+            net_dc([f.float() for f in decoder_features(network, names, example, torch.Generator())], example.float())
+        return _ClassifierGuidance(self, names, net_dc, target)
+
+    def head_and_target(self) -> tuple[DegradationClassifier, int]:
+        """The classifier and the number of its class. Raises InputError if it is none, or has no such class."""
+        loaded = checkpoint.load(self.classifier) if isinstance(self.classifier, str) else self.classifier
+        head = getattr(loaded.module, "net_dc", loaded.module)
+        if not isinstance(head, DegradationClassifier):
+            raise InputError(
+                f"classifier: {loaded.architecture.title} is no degradation classifier; take one that training with a "
+                "Degradation Classification Objective gave"
+            )
+        classes = head.fc.out_features
+        labels = tuple(loaded.config.get("labels") or LABELS.get(classes) or map(str, range(classes)))
+        wanted = self.target.strip().casefold()
+        if wanted.isdecimal() and int(wanted) < classes:
+            return head, int(wanted)
+        if wanted not in (label.casefold() for label in labels):
+            raise InputError(f"target: the classifier has no class {self.target!r}; it knows {', '.join(labels)}")
+        return head, [label.casefold() for label in labels].index(wanted)
+
+    def describe(self) -> dict[str, Any]:
+        classifier = self.classifier if isinstance(self.classifier, str) else self.classifier.source
+        settings = {"target": self.target, "pixel": self.pixel, "weight": self.weight, "stages": self.stages}
+        return {"kind": self.kind, "classifier": classifier, **settings}
+
+
+class _ClassifierGuidance(Method):
+    def __init__(
+        self, settings: ClassifierGuidanceObjective, names: list[str], net_dc: DegradationClassifier, target: int
+    ) -> None:
+        super().__init__()
+        self.settings, self.names, self.net_dc, self.target = settings, names, net_dc, target
+
+    def loss(self, run: Pass) -> tuple[torch.Tensor, Parts]:
+        batch, s = run.batch, self.settings
+        features = decoder_features(run.network, self.names, batch.damaged, run.generator)
+        logits = self.net_dc([f.float() for f in features], batch.damaged)
+        target = torch.full((len(logits),), self.target, device=logits.device)
+        guidance = F.cross_entropy(logits, target)
+        parts = {"guidance": guidance, "found": (logits.argmax(dim=1) == target).float().mean()}
+        if not s.pixel:
+            return s.weight * guidance, parts
+        pixel = F.l1_loss(run.restored.float(), batch.clean)
+        return s.pixel * pixel + s.weight * guidance, {"pixel": pixel, **parts}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .base import Objective, Weighted
-from .dcpt import ClassificationObjective
+from .dcpt import ClassificationObjective, ClassifierGuidanceObjective
 from .denoising import DenoisingObjective
 from .pixel import PixelObjective
 from .rate_distortion import RateDistortionObjective
@@ -20,6 +20,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
         RoutingObjective,
         UncertaintyObjective,
         ClassificationObjective,
+        ClassifierGuidanceObjective,
         TransportObjective,
         RateDistortionObjective,
         DenoisingObjective,

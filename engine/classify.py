@@ -51,6 +51,12 @@ def classify(
             "network: this classifier reads the features of another network; connect the pre-trained restorer that it "
             "was trained with"
         )
+    stages = classifier.restorer.config.get("stages", "")
+    if stages:
+        raise InputError(
+            f"classifier: it reads the maps of {stages}, which the network shows while it is trained; use it in a Classifier "
+            "Guidance Objective"
+        )
     seen_by = network if bare else classifier
     named = tuple(labels) or tuple(classifier.restorer.config.get("labels") or ())
     classes = (module if bare else module.net_dc).fc.out_features

@@ -307,20 +307,22 @@ def configuration(
         if key in stored:
             if not _is_setting(stored[key]):
                 raise CheckpointError(f"its metadata gives {key!r} the absurd value {str(stored[key])[:60]!r}")
-            found[key] = stored[key]
+            known = found.get(key)
+            merge = isinstance(known, Mapping) and isinstance(stored[key], Mapping)
+            found[key] = {**known, **stored[key]} if merge else stored[key]
     nested = {key: {**found[key], **value} for key, value in overrides.items() if isinstance(found.get(key), dict)}
     return found | dict(overrides) | nested
 
 
 def _is_setting(value: Any, depth: int = 3) -> bool:
-    """Whether a value may be a hyper-parameter: a small number, a word, or a short list or mapping of these."""
+    """Whether a value may be a hyper-parameter: a small number, a short text, or a list or mapping of some of these."""
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple)):
-        return depth > 0 and len(value) <= 64 and all(_is_setting(v, depth - 1) for v in value)
+        return depth > 0 and len(value) <= 256 and all(_is_setting(v, depth - 1) for v in value)
     if isinstance(value, (int, float)):
         return abs(value) <= 1 << 16
-    return value is None or (isinstance(value, str) and len(value) <= 64)
+    return value is None or (isinstance(value, str) and len(value) <= 256)
 
 
 def _check_fit(architecture: Architecture, module: nn.Module, state: dict[str, torch.Tensor]) -> None:

@@ -202,7 +202,10 @@ def _build(config: Mapping[str, Any]) -> DegradationClassifier:
     if kind not in ("noimg", "img"):
         raise ConfigError(f"classifier: kind {kind!r} is unknown; one of noimg, img")
     return construct(
-        DegradationClassifier, "classifier", {"image_stem": kind == "img", **config}, without=("kind", "labels")
+        DegradationClassifier,
+        "classifier",
+        {"image_stem": kind == "img", **config},
+        without=("kind", "labels", "stages"),
     )
 
 
@@ -283,7 +286,7 @@ ARCHITECTURES = [
         matches_config=lambda config: "net_g" in config,
         kind="classifier",
         signature=tuple(f"net_dc.{key}" for key in _SIGNATURE),
-        metadata_keys=("labels", "window"),
+        metadata_keys=("net_g", "net_dc", "labels", "window"),
         restore=lambda module, image, **context: module.net_g(image, **context),
         multiple_of=lambda config: _backbone(config).multiple_of(config["net_g"]),
     ),
@@ -309,6 +312,6 @@ ARCHITECTURES = [
             )
         },
         signature=_SIGNATURE,
-        metadata_keys=("downsample", "labels"),
+        metadata_keys=("downsample", "labels", "stages"),
     ),
 ]

@@ -225,8 +225,8 @@ class Guidance(io.ComfyNode):
                     io.String.Input(
                         "stages",
                         default="",
-                        tooltip="Names of the decoder stages to look at, with commas and *, if the classifier was trained with "
-                        "names.",
+                        tooltip="Names of the decoder stages to look at, with commas and *. Empty: those that the classifier was "
+                        "trained with.",
                     )
                 ),
             ],

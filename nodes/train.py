@@ -109,8 +109,9 @@ class TrainRestorer(io.ComfyNode):
                 sockets.Restorer.Output(
                     "classifier",
                     display_name="classifier",
-                    tooltip="What learned to tell damages apart beside the network, for Classify Degradation. Only with a "
-                    "Degradation Classification Objective.",
+                    tooltip="What learned to tell damages apart beside the network, with a Degradation Classification "
+                    "Objective: for the Classifier Guidance Objective and, of NAFNet, SwinIR, Restormer and PromptIR, Classify "
+                    "Degradation.",
                 ),
             ],
         )

@@ -7,9 +7,11 @@ fine-tuned as usual. The network is any that has `decoder_features` (NAFNet, Swi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -204,8 +206,8 @@ class _Classification(Method):
     def companions(self, network: Network) -> dict[str, Restorer]:
         """The classifier: with the network that it reads, where that shows its decoder's maps by itself."""
         if self.names:
-            made = Restorer(registry.get("dcpt-classifier"), {**self.config, "labels": self.labels}, self.net_dc)
-            return {CLASSIFIER: made}
+            config = {**self.config, "labels": self.labels, "stages": ", ".join(self.names)}
+            return {CLASSIFIER: Restorer(registry.get("dcpt-classifier"), config, self.net_dc)}
         pair = {
             "backbone": network.architecture.id,
             "net_g": dict(network.config),
@@ -224,7 +226,8 @@ class ClassifierGuidanceObjective(Objective):
 
     classifier: a file, or loaded; with a network inside, only its classifier is used. target: one of its labels, or a
     number. pixel, weight: of the L1 difference to the clean picture and of the cross entropy (published: 1 and 1).
-    stages: as in ClassificationObjective; those that the classifier was trained with.
+    stages: as in ClassificationObjective; empty: those that the classifier was trained with. Raises CheckpointError for
+    a file that cannot be read.
     """
 
     kind: ClassVar[str] = "dcpt-guidance"
@@ -234,11 +237,15 @@ class ClassifierGuidanceObjective(Objective):
     weight: float = 1.0
     stages: str = ""
 
+    def __post_init__(self) -> None:
+        if self.classifier and isinstance(self.classifier, str):
+            object.__setattr__(self, "classifier", checkpoint.load(self.classifier))
+
     def start(self, network: Network, labels: Sequence[str], size: int) -> Method:
         head, target = self.head_and_target()
         parameter = next(network.module.parameters())
         net_dc = own_copy(head).to(parameter.device).eval().requires_grad_(False)
-        names = stage_names(network, self.stages)
+        names = stage_names(network, self.stages or self.classifier.config.get("stages", ""))
         example = network.example(size)
         with torch.no_grad():  # raises InputError for a classifier of other maps
             net_dc([f.float() for f in decoder_features(network, names, example, torch.Generator())], example.float())
@@ -246,7 +253,9 @@ class ClassifierGuidanceObjective(Objective):
 
     def head_and_target(self) -> tuple[DegradationClassifier, int]:
         """The classifier and the number of its class. Raises InputError if it is none, or has no such class."""
-        loaded = checkpoint.load(self.classifier) if isinstance(self.classifier, str) else self.classifier
+        if isinstance(self.classifier, str):
+            raise InputError("classifier: none is given; name the file of one, or connect one")
+        loaded = self.classifier
         head = getattr(loaded.module, "net_dc", loaded.module)
         if not isinstance(head, DegradationClassifier):
             raise InputError(
@@ -255,17 +264,27 @@ class ClassifierGuidanceObjective(Objective):
             )
         classes = head.fc.out_features
         labels = tuple(loaded.config.get("labels") or LABELS.get(classes) or map(str, range(classes)))
-        wanted = self.target.strip().casefold()
+        wanted, known = self.target.strip().casefold(), [label.casefold() for label in labels]
+        if wanted in known:
+            return head, known.index(wanted)
         if wanted.isdecimal() and int(wanted) < classes:
             return head, int(wanted)
-        if wanted not in (label.casefold() for label in labels):
-            raise InputError(f"target: the classifier has no class {self.target!r}; it knows {', '.join(labels)}")
-        return head, [label.casefold() for label in labels].index(wanted)
+        raise InputError(f"target: the classifier has no class {self.target!r}; it knows {', '.join(labels)}")
 
     def describe(self) -> dict[str, Any]:
-        classifier = self.classifier if isinstance(self.classifier, str) else self.classifier.source
         settings = {"target": self.target, "pixel": self.pixel, "weight": self.weight, "stages": self.stages}
-        return {"kind": self.kind, "classifier": classifier, **settings}
+        if isinstance(self.classifier, str):
+            return {"kind": self.kind, **settings}
+        known = {"classifier": self.classifier.source, "weights": self._digest, "class": self.head_and_target()[1]}
+        return {"kind": self.kind, **known, **settings}
+
+    @cached_property
+    def _digest(self) -> str:
+        """Tells classifiers of one name apart: every run calls its own the same."""
+        found = hashlib.sha256()
+        for tensor in self.head_and_target()[0].state_dict().values():
+            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
 
 
 class _ClassifierGuidance(Method):

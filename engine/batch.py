@@ -54,7 +54,10 @@ class Worker:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def _take(self, result: Result, name: str, scratch: Path) -> list[str]:
-        """Moves what was saved (or, if nothing was, what was shown) to where it belongs."""
+        """Moves what was saved (or, if nothing was, what was shown) to where it belongs.
+
+        Saved pictures are called as the picture; other files (bitstreams, reports, folders) keep their names after its.
+        """
         found: dict[str, list[Path]] = {}
         for kind in ("output", "temp"):
             for node_id, shown in result.outputs.items():
@@ -64,9 +67,20 @@ class Worker:
                     found[node_id] = files
             if found:
                 break
-        if not found:
+        listed = {file for files in found.values() for file in files}
+        base = scratch / "output"
+        others = [file for file in sorted(base.rglob("*")) if file.is_file() and file not in listed]
+        if others and not any(file.is_relative_to(base) for file in listed):
+            found = {}  # something was saved, so what was only shown is not wanted
+        if not found and not others:
             raise WorkflowError("the workflow saved nothing; add a Save Image node")
         taken = []
+        for file in others:
+            inside = file.relative_to(base)
+            target = (self.outputs / name).parent / f"{Path(name).stem}-{inside.parts[0]}" / Path(*inside.parts[1:])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+            taken.append(target.relative_to(self.outputs).as_posix())
         for node_id, files in found.items():
             title = (self.prompt[node_id].get("_meta") or {}).get("title") or node_id
             label = "" if len(found) == 1 else f"-{''.join(c if c.isalnum() else '_' for c in title)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ def encode(loaded: LoadedRestorer, image: torch.Tensor) -> Features:
     Raises InputError for a network without features, OutOfMemoryError for a picture that does not fit.
     """
     check_image(image)
-    return _whole(loaded, image, lambda restorer, device: features.encode(restorer, tiling.as_rgb(image).to(device)))
+    colour = tiling.as_rgb(image)
+    return _whole(loaded, image, lambda restorer, device: features.encode(restorer, colour.to(device), loaded.options))
 
 
 def decode(loaded: LoadedRestorer, maps: Features) -> torch.Tensor:
     """The restored pictures [B, 3, H, W], clamped as by `tiling.restore`. Raises as `encode`, and for features of another network."""
+    maps = replace(maps, context={**maps.context, **loaded.options})
     restored = _whole(loaded, maps.image, lambda restorer, device: features.decode(restorer, maps.to(device)))
     return clamped(restored, maps.image)
 

@@ -117,13 +117,20 @@ def require_input_path(name: str) -> Path:
 
 
 def require_input_directory(name: str) -> Path:
-    """A folder with pictures: a full path, or one in the input folders; "" is the first of these. Raises InputError."""
+    """A folder with pictures: a full path, or one in the input folders ("" is the first of these); on the command line also
+    one in the current folder. Raises InputError.
+    """
     name = name.strip().strip('"')
-    candidates = [Path(name).expanduser()] if Path(name).expanduser().is_absolute() else []
-    candidates += [folder / name for folder in input_directories()]
+    given = Path(name).expanduser()
+    inside = [folder / name for folder in input_directories()]
+    candidates = [given, *inside] if given.is_absolute() else [*inside]
+    if name and not inside_comfyui():
+        candidates.append(
+            given
+        )  # where the user of a command line stands; ComfyUI's own folder means nothing to its users
     found = next((path for path in candidates if path.is_dir()), None)
     if found is None:
-        raise InputError(f"there is no folder {name!r}: give its full path, or copy it into {candidates[-1].parent}")
+        raise InputError(f"there is no folder {name!r}: give its full path, or copy it into {inside[-1].parent}")
     return found
 
 

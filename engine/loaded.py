@@ -12,6 +12,9 @@ import torch
 from .. import models
 from . import host
 
+SETTINGS = {"scan_len": "scan_len", "input_range": "input_range", "local_pooling": "train_size"}
+"""Options that a network can also be configured with, and so keep in a file: the names of their settings."""
+
 
 @dataclass(frozen=True, eq=False)
 class LoadedRestorer:
@@ -28,6 +31,21 @@ class LoadedRestorer:
     def with_options(self, **options: Any) -> LoadedRestorer:
         """The same network with more options."""
         return replace(self, options={**self.options, **options})
+
+    def configured(self) -> tuple[models.Restorer, dict[str, Any]]:
+        """The restorer with the options that a file can keep in its configuration, and the other options.
+
+        Its network is the shared one, which is not set so.
+        """
+        config, others = dict(self.restorer.config), {}
+        for name, value in self.options.items():
+            if name not in SETTINGS:
+                others[name] = value
+            elif name == "local_pooling":
+                config["train_size"] = (value, value) if value else None
+            elif value:  # 0: the network's own scan length
+                config[SETTINGS[name]] = value
+        return replace(self.restorer, config=config), others
 
     @property
     def size(self) -> int:

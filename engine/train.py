@@ -15,9 +15,9 @@ from PIL import Image
 from ..errors import InputError, OutOfMemoryError
 from ..training import datasets, finetune
 from ..training.objectives.base import Objective
-from ..training.objectives.dcpt import CLASSIFIER
 from ..training.objectives.recipes import default_objective
 from . import folders, host, loaded, model_folder
+from .loaded import SETTINGS
 from .pictures import BACKGROUND, curves, from_pil, labelled, to_pil
 from .report import psnr
 
@@ -35,14 +35,14 @@ _POINTS = 60
 class Trained:
     """What a training gives: the restorer, pictures [1, 3, H, W] of its validation and its losses, and a report.
 
-    classifier: what learned to tell damages apart beside it; None with objectives other than DCPT's.
+    companion: what learned beside it and is of use by itself, DCPT's classifier or DA-RCOT's potential.
     """
 
     restorer: loaded.LoadedRestorer
     strip: torch.Tensor
     plot: torch.Tensor
     text: str
-    classifier: loaded.LoadedRestorer | None = None
+    companion: loaded.LoadedRestorer | None = None
 
 
 def input_folder(name: str) -> Path:
@@ -94,8 +94,12 @@ def train(
         # Nodes run in inference mode, in which nothing can be learned; all that follows makes ordinary tensors.
         with torch.inference_mode(False), torch.enable_grad():
             host.make_room(device)
+            restorer, options = given.configured()
+            restorer = finetune.trainable_copy(restorer)
+            for setting in {SETTINGS[name] for name in given.options if name in SETTINGS}:
+                setattr(restorer.module, setting, restorer.config[setting])
             tuner = finetune.FineTuner(
-                finetune.trainable_copy(given.restorer),
+                restorer,
                 source,
                 objective or default_objective(given.restorer.module, given.restorer.architecture.kind),
                 settings,
@@ -116,14 +120,14 @@ def train(
                         "training stopped at step %d; what it has learned is in %s", tuner.progress.step, folder
                     )
                 raise
-            classifier = tuner.companions().get(CLASSIFIER)
+            companion = next(iter(tuner.companions().values()), None)
             text = "\n".join([finetune.report(tuner), f"saved in {RUNS.as_posix()}/{folder.name}"])
             return Trained(
-                loaded.LoadedRestorer(result, host.Managed(result.module), given.options),
+                loaded.LoadedRestorer(result, host.Managed(result.module), options),
                 from_pil(strip(tuner.rows(), 256))[None],
                 from_pil(plot(tuner))[None],
                 text,
-                None if classifier is None else loaded.wrap(classifier),
+                None if companion is None else loaded.wrap(companion),
             )
     except Exception as error:
         if not host.is_out_of_memory(error):
@@ -134,7 +138,7 @@ def train(
         ) from None
     finally:
         datasets.pictures.clear()
-        tuner = watch = None
+        restorer = tuner = watch = None
         gc.collect()
         host.release_memory(device)
 
@@ -240,6 +244,8 @@ def _zoom(width: int) -> int:
 def save(given: loaded.LoadedRestorer, prefix: str, precision: str = "fp16") -> str:
     """Writes a restorer into the output folder, where Load Restorer finds it; returns its name there.
 
+    Options set on its way are kept as far as its configuration knows them; the others are named in the log.
+
     Raises InputError for a precision other than fp16 and fp32.
     """
     if precision not in ("fp16", "fp32"):
@@ -248,5 +254,8 @@ def save(given: loaded.LoadedRestorer, prefix: str, precision: str = "fp16") -> 
     base.mkdir(parents=True, exist_ok=True)
     target, name, number, _ = folders.save_location(prefix, base)
     path = target / f"{name}_{number:05}_.safetensors"
-    finetune.write(given.restorer, path, half=precision == "fp16")
+    restorer, options = given.configured()
+    if options:
+        logger.warning("%s: a file cannot keep %s; set it again after loading", path.name, ", ".join(options))
+    finetune.write(restorer, path, half=precision == "fp16")
     return path.relative_to(base.resolve()).as_posix()

@@ -124,7 +124,10 @@ def _converted(workflow: Mapping[str, Any], classes: NodeClasses) -> Prompt:
         if kind in DRAWN_ONLY or kind in ("Reroute", "PrimitiveNode") or node.get("mode") in (MUTED, BYPASSED):
             continue
         if kind not in classes:
-            raise WorkflowError(f"the workflow has a node of type {kind!r} (#{node_id}), which does not exist here")
+            raise WorkflowError(
+                f"the workflow has a node of type {kind!r} (#{node_id}), which the built-in engine does not have; if it is "
+                "ComfyUI's, run the workflow in ComfyUI (mend run --engine comfyui)"
+            )
         inputs = _constants(node, classes[kind])
         for position, slot in enumerate(node.get("inputs") or []):
             if slot.get("link") is None:

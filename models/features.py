@@ -81,11 +81,15 @@ def encodable(module: nn.Module) -> bool:
     return isinstance(module, EncoderDecoder)
 
 
-def encode(restorer: Restorer, image: torch.Tensor, **context: Any) -> Features:
-    """The feature maps of [B, C, H, W] in 0..1, any size. Raises InputError for a network that does not offer them."""
+def encode(restorer: Restorer, image: torch.Tensor, options: Mapping[str, Any] | None = None) -> Features:
+    """The feature maps of [B, C, H, W] in 0..1, any size. Raises InputError for a network that does not offer them.
+
+    options: keyword arguments of the network (NAFNet's local pooling), for decoding too.
+    """
     _require(restorer)
     padded, size = pad_to_multiple(image, restorer.multiple_of, restorer.minimum_size)
-    return Features(tuple(restorer.module.encode(padded)), padded, size, restorer.architecture.id, context)
+    options = dict(options or {})
+    return Features(tuple(restorer.module.encode(padded, **options)), padded, size, restorer.architecture.id, options)
 
 
 def decode(restorer: Restorer, features: Features) -> torch.Tensor:

@@ -10,7 +10,7 @@ from ..training import make_dataset
 from . import sockets
 from .api import advanced, io, ui
 from .gendeg_inputs import CATEGORY, KINDS, caption_input, kind_input, mu_input, sigma_input
-from .images import as_image, channels_first
+from .images import as_image, channels_first, colours_first
 from .inputs import ModelFile, chosen, fingerprint, one_of, seed_input
 
 MODEL, SIMULATION = "degrader", "simulation"
@@ -209,7 +209,7 @@ class MakeDataset(io.ComfyNode):
         if image is None:
             pictures = make_dataset.from_folder(folders.require_input_directory(photos), out)
         else:
-            pictures = make_dataset.from_images(channels_first(image)[:, :3])
+            pictures = make_dataset.from_images(colours_first(image))
         report = datasets.make(
             pictures, out, painter, degradations, seed=seed, largest=largest_side, per_photo=per_photo
         )

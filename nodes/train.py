@@ -107,11 +107,11 @@ class TrainRestorer(io.ComfyNode):
                     "text", display_name="text", tooltip="Validation before and after, and where it is saved."
                 ),
                 sockets.Restorer.Output(
-                    "classifier",
-                    display_name="classifier",
-                    tooltip="What learned to tell damages apart beside the network, with a Degradation Classification "
-                    "Objective: for the Classifier Guidance Objective and, of NAFNet, SwinIR, Restormer and PromptIR, Classify "
-                    "Degradation.",
+                    "companion",
+                    display_name="companion",
+                    tooltip="What learned beside the network. With a Degradation Classification Objective its classifier: for "
+                    "the Classifier Guidance Objective and, of NAFNet, SwinIR, Restormer and PromptIR, Classify Degradation. "
+                    "With an Optimal Transport Objective its potential, for Potential Score.",
                 ),
             ],
         )
@@ -152,10 +152,10 @@ class TrainRestorer(io.ComfyNode):
             precision=precision,
             frozen=freeze,
         )
-        classifier = done.classifier or ExecutionBlocker(
-            "classifier: only training with a Degradation Classification Objective gives one"
+        companion = done.companion or ExecutionBlocker(
+            "companion: only training with a Degradation Classification or Optimal Transport Objective gives one"
         )
-        return io.NodeOutput(done.restorer, as_image(done.strip), as_image(done.plot), done.text, classifier)
+        return io.NodeOutput(done.restorer, as_image(done.strip), as_image(done.plot), done.text, companion)
 
 
 class SaveRestorer(io.ComfyNode):

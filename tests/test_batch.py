@@ -13,9 +13,12 @@ from PIL import Image
 from comfyui_mend.__main__ import main
 from comfyui_mend.engine import batch, ray_workers
 from comfyui_mend.engine.runner import Runner
+from comfyui_mend.engine.workflow_format import read
 from comfyui_mend.errors import Cancelled, InputError, MissingDependency, WorkflowError
 from comfyui_mend.nodes.cli_batch import make_worker
 from comfyui_mend.nodes.cli_run import builtin_classes
+
+from .make_workflow import WORKFLOWS
 
 WORKFLOW = {
     "1": {"class_type": "LoadImage", "inputs": {"image": "whatever.png"}},
@@ -101,6 +104,25 @@ def test_several_results_of_a_picture_get_names_of_their_own(place):
     (place / "workflow.json").write_text(json.dumps(prompt))
     assert run(place) == 0
     assert {"a-3.png", "a-As_it_was.png"} <= set(results(place))
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_what_is_saved_beside_pictures_is_kept(place, shown):
+    (place / "in" / "broken.png").unlink()
+    shipped = read(WORKFLOWS / "api" / "compress_photo.json")
+    prompt = {node_id: shipped[node_id] for node_id in ("1", "2", "3", "4")}
+    prompt["3"]["inputs"].update(by="quality", quality=3)
+    prompt["4"]["inputs"]["filename_prefix"] = "small/photo"
+    if shown:
+        prompt["5"] = {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}
+    (place / "workflow.json").write_text(json.dumps(prompt))
+    assert run(place) == 0
+    assert results(place) == [
+        *("a-small/photo_00001_.mend", "b-small/photo_00001_.mend", "c-small/photo_00001_.mend"),
+        "deep/a-small/photo_00001_.mend",
+    ]
+    assert report(place)["a.png"]["results"] == ["a-small/photo_00001_.mend"]
+    assert run(place) == 0 and {e["status"] for e in report(place).values()} == {"skipped"}
 
 
 def test_workflows_that_cannot_be_batched_are_refused_in_words(place, capsys):

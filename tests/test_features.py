@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from comfyui_mend import models
+from comfyui_mend.engine import feature_maps, loaded, tiling
 from comfyui_mend.errors import InputError
 from comfyui_mend.models import features
 
@@ -73,3 +74,12 @@ def test_principal_components_find_the_direction_that_varies():
     # Largest loading positive: the channel with -3 decides the sign, so the picture is the pattern upside down.
     assert torch.corrcoef(torch.stack([colours[0, 0].flatten(), pattern.flatten()]))[0, 1] < -0.99
     assert features.principal_components(torch.rand(2, 2, 4, 4), (9, 7)).shape == (2, 3, 9, 7)
+
+
+def test_local_pooling_is_the_same_through_features():
+    restorer = _restorer("nafnet")
+    given = loaded.wrap(restorer).with_options(local_pooling=8)
+    image = torch.rand(1, 3, 40, 48)
+    restored = feature_maps.decode(given, feature_maps.encode(given, image))
+    torch.testing.assert_close(restored, tiling.restore(given, image))
+    assert not torch.equal(restored, tiling.restore(loaded.wrap(restorer), image))

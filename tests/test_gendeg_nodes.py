@@ -342,6 +342,14 @@ def test_pictures_of_a_graph_are_made_once(tmp_path, small):
     assert row["intensity"]["mu"] == pytest.approx(row["asked"]["mu"], abs=0.005)
 
 
+def test_grey_pictures_of_a_graph_are_taken(tmp_path, small):
+    folders.set_folders(output=tmp_path)
+    made = synthesis_nodes.MakeDataset.execute(
+        name="grey", degradations="haze", degrader=small, image=torch.rand(1, 9, 12, 1)
+    )
+    assert "1 pairs made" in made.args[2]
+
+
 def test_the_data_sets_name_is_a_folder_name():
     assert synthesis_nodes.MakeDataset.validate_inputs("degrader", "my set") is True
     for name in ("", "..", "a/b", "/tmp"):

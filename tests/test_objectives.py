@@ -303,6 +303,24 @@ def test_objectives_refuse_networks_of_another_kind():
         recipes.DenoisingObjective().start(network(restorer()), LABELS, 32)
 
 
+@pytest.mark.parametrize("kind", ["codec", "prior"])
+def test_objectives_for_restorers_name_the_one_that_is_for_others(kind):
+    file = {"codec": "mend-aio-codec-starter", "prior": "mend-prior-starter"}[kind]
+    net = network(models.load(host.PACK / "weights" / f"{file}.safetensors"))
+    for made in (recipes.PixelObjective(), recipes.UncertaintyObjective(), recipes.TransportObjective(width=4)):
+        with pytest.raises(ConfigError, match="Rate-Distortion" if kind == "codec" else "Denoising"):
+            made.start(net, LABELS, 32)
+
+
+def test_a_potential_that_was_trained_is_kept(tmp_path):
+    one = tuner(tmp_path, recipes.TransportObjective(width=4), restorer("da-rcot", RCOT), steps=2)
+    one.train()
+    made = models.load(tmp_path / "potential.safetensors")
+    image = batch().damaged
+    with torch.no_grad():
+        torch.testing.assert_close(made.module(image), one.method.critic(image), atol=2e-3, rtol=2e-3)
+
+
 def test_every_objective_describes_itself_as_json():
     for made in recipes.OBJECTIVES.values():
         assert json.loads(json.dumps(made().describe()))["kind"] == made.kind

@@ -5,23 +5,26 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
 from comfyui_mend import models
-from comfyui_mend.engine import folders, host, loaded, model_folder
+from comfyui_mend.engine import folders, host, loaded, model_folder, tiling
 from comfyui_mend.errors import Cancelled, CheckpointError, ConfigError, InputError
 from comfyui_mend.nodes import classify as classify_nodes
 from comfyui_mend.nodes import datasets as dataset_nodes
+from comfyui_mend.nodes import input_range as input_range_nodes
 from comfyui_mend.nodes import objectives as objective_nodes
 from comfyui_mend.nodes import train as train_nodes
 from comfyui_mend.nodes.api import ExecutionBlocker
-from comfyui_mend.training import cli_finetune, datasets, finetune
+from comfyui_mend.training import cli, cli_finetune, datasets, finetune, trainer
 from comfyui_mend.training.objectives import recipes
 from comfyui_mend.training.objectives.base import Weighted
 
 from .conftest import SMALL
+from .test_tur import TRANSWEATHER
 from .training_cases import LABELS, MOCE, NAFNET, RCOT, network, restorer, tuner
 
 
@@ -157,8 +160,8 @@ def run_node(given: loaded.LoadedRestorer, objective=None, **options):
 
 def test_training_inside_inference_mode_leaves_the_loaded_network_alone(moce, outputs):
     before = {k: v.clone() for k, v in moce.restorer.module.state_dict().items()}
-    trained, strip, plot, text, classifier = run_node(moce)
-    assert isinstance(classifier, ExecutionBlocker) and "Classification Objective" in classifier.message
+    trained, strip, plot, text, companion = run_node(moce)
+    assert isinstance(companion, ExecutionBlocker) and "Classification" in companion.message
     assert all(torch.equal(v, moce.restorer.module.state_dict()[k]) for k, v in before.items())
     assert not any(p.requires_grad for p in moce.restorer.module.parameters())
     after = trained.restorer.module.state_dict()
@@ -244,6 +247,48 @@ def test_a_classifier_that_was_trained_can_be_used_at_once(outputs):
         objective_nodes.Guidance.execute(classifier, "haze")
 
 
+def test_what_is_set_on_the_way_is_trained_so_and_kept_in_files(outputs):
+    given = loaded.wrap(restorer("tur", TRANSWEATHER))
+    set_so = input_range_nodes.InputRange.execute(given, "-1..1")[0]
+    seen = []
+    handle = given.restorer.module.register_forward_pre_hook(lambda _, inputs: seen.append(float(inputs[0].min())))
+    tiling.restore(set_so, torch.zeros(1, 3, 32, 32))
+    handle.remove()
+    assert seen == [-1.0] and given.restorer.module.input_range == "0..1"
+    trained, *_ = run_node(set_so, recipes.PixelObjective("L1", 0.0), keep="last")
+    assert trained.restorer.module.input_range == "-1..1" and not trained.options
+    for wired in (set_so, trained):
+        name = train_nodes.SaveRestorer.execute(wired, "set")[0]
+        read = models.load(model_folder.saved_models() / name)
+        assert read.module.input_range == "-1..1"
+        image = torch.rand(1, 3, 32, 32)
+        torch.testing.assert_close(read(image), tiling.restore(wired, image, clamp=False), atol=1e-2, rtol=1e-2)
+
+
+def test_what_a_file_cannot_keep_is_said_when_saving(outputs, caplog):
+    given = loaded.wrap(restorer()).with_options(local_pooling=16, route="mode")
+    name = train_nodes.SaveRestorer.execute(given, "pooled")[0]
+    assert "cannot keep route" in caplog.text
+    assert models.load(model_folder.saved_models() / name).module.train_size == (16, 16)
+
+
+def test_a_file_and_the_same_trained_further_can_be_averaged(outputs, moce, tmp_path):
+    for start, name in ((moce, "moce"), (loaded.wrap(restorer()), "nafnet")):
+        first = tmp_path / f"{name}.safetensors"
+        trainer.export(start.restorer.module, first, start.restorer.architecture.id, start.restorer.config)
+        trained, *_ = run_node(loaded.wrap(models.load(first)))
+        second = tmp_path / f"{name}-tuned.safetensors"
+        finetune.write(trained.restorer, second)
+        trainer.average_exports(first, second, 0.5, tmp_path / f"{name}-mean.safetensors")
+        assert models.load(tmp_path / f"{name}-mean.safetensors").config["num_experts" if name == "moce" else "width"]
+
+
+def test_exporting_a_fine_tuning_run_says_where_its_weights_are(tmp_path):
+    tuner(tmp_path, steps=1).train()
+    with pytest.raises(InputError, match="weights.safetensors"):
+        cli.main(["export", str(tmp_path), str(tmp_path / "e.safetensors")])
+
+
 def test_a_file_that_was_trained_before_keeps_its_earlier_history(moce, outputs):
     first, *_ = run_node(moce)
     second, *_ = run_node(first)
@@ -275,6 +320,16 @@ def test_nodes_make_what_they_say(outputs):
     assert objective_nodes.Denoising.execute("consistency", 7)[0] == recipes.DenoisingObjective(True, 7)
     with pytest.raises(ConfigError):
         combine()[0].start(network(restorer()), LABELS, 32)
+
+
+def test_a_folder_may_be_given_from_where_one_stands(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert folders.require_input_directory("mine") == Path("mine")
+    monkeypatch.setattr(folders, "input_directories", lambda: [tmp_path / "in"])
+    monkeypatch.setattr(folders, "inside_comfyui", lambda: True)
+    with pytest.raises(InputError, match="full path"):
+        folders.require_input_directory("mine")
 
 
 def test_folder_nodes_find_the_shipped_pairs_and_check_early():

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from .. import models
-from . import cli_finetune, make_dataset, photos
+from ..errors import InputError
+from . import cli_finetune, finetune, make_dataset, photos
 from .accelerate import accelerate
 from .data import PhotoCrops, load_photos
 from .starters import STARTERS
@@ -106,6 +107,8 @@ def _starter(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     provenance = json.loads((arguments.folder / "run.json").read_text())
     state = torch.load(arguments.folder / "last.pt", map_location="cpu", weights_only=True)
+    if "config" not in provenance:
+        raise InputError(f"{arguments.folder}: a fine-tuning run has its weights in {finetune.WEIGHTS} already")
     config, recipe = provenance.pop("config"), STARTERS[provenance.pop("which", "moce-ir")]
     module = models.create(recipe.system, config)
     module.load_state_dict(state["average"])

@@ -394,8 +394,9 @@ def average_exports(first: Path, second: Path, share: float, path: Path) -> None
     It says how each was trained, and its share. Raises CheckpointError if the networks differ.
     """
     (weights, metadata), (others, second_metadata) = (read_weights(file) for file in (first, second))
-    described = ("mend.architecture", "mend.config")
-    if [metadata.get(key) for key in described] != [second_metadata.get(key) for key in described]:
+    alike = metadata.get("mend.architecture") == second_metadata.get("mend.architecture")
+    shapes = ({name: value.shape for name, value in each.items()} for each in (weights, others))
+    if not alike or next(shapes) != next(shapes):
         raise CheckpointError(f"{second}: another network than {first}; only files of one network can be averaged")
     mixed = {
         name: value.float().lerp(others[name].float(), share).to(value.dtype) if value.is_floating_point() else value

@@ -67,6 +67,15 @@ class Network:
     def scale(self) -> int:
         return self.architecture.scale(self.config)
 
+    def require_restorer(self, objective: str) -> None:
+        """Raises ConfigError for a codec or a prior, which an objective for restorers cannot run."""
+        others = {"codec": "Rate-Distortion Objective", "prior": "Denoising Objective"}
+        if self.architecture.kind in others:
+            raise ConfigError(
+                f"{objective}: {self.architecture.title} is a {self.architecture.kind}; use the "
+                f"{others[self.architecture.kind]}"
+            )
+
     def example(self, size: int) -> torch.Tensor:
         """A grey picture [1, 3, size, size], to find out with what the network does."""
         parameter = next(self.module.parameters())
@@ -276,5 +285,8 @@ def last_convolution(module: nn.Module, run: Callable[[], Any], channels: int = 
         for handle in handles:
             handle.remove()
     if not order:
-        raise ConfigError(f"{type(module).__name__} has no convolution that makes a picture")
+        raise ConfigError(
+            f"{type(module).__name__} has no convolution that makes a picture (networks that enlarge may have none), so "
+            "that it cannot be given an uncertainty head"
+        )
     return order[-1]

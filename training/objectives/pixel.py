@@ -33,6 +33,7 @@ class PixelObjective(Objective):
             raise ConfigError(f"objective: loss {self.loss!r} is unknown; one of {', '.join(PIXEL_LOSSES)}")
 
     def start(self, network: Network, labels: Sequence[str], size: int) -> Method:
+        network.require_restorer("pixel objective")
         return _Pixel(self)
 
 

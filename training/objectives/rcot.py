@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import ConfigError
+from ...models import Restorer, registry
 from ...models.da_rcot import Potential
 from .. import distributed
 from .base import Method, Network, Objective, Parts, Pass
@@ -147,6 +148,7 @@ class TransportObjective(Objective):
         return "rmsprop"
 
     def start(self, network: Network, labels: Sequence[str], size: int) -> Method:
+        network.require_restorer("DA-RCOT")
         patch = size * network.scale
         if patch % 32:
             raise ConfigError(f"DA-RCOT: the potential needs crops that are multiples of 32 pixels, not {patch}")
@@ -233,6 +235,11 @@ class _Transport(Method):
         if found.contrastive is not None:
             parts["contrastive"] = found.contrastive
         return found.total, parts
+
+    def companions(self, network: Network) -> dict[str, Restorer]:
+        """The potential, as Load Potential and Potential Score take it."""
+        config = {"kind": "potential", "patch_size": self.critic.patch_size, "width": self.settings.width}
+        return {"potential": Restorer(registry.get("da-rcot-potential"), config, self.critic)}
 
     def get_extra_state(self) -> dict[str, Any]:
         return self._optimizer.state_dict() if self._optimizer is not None else self._state

@@ -173,6 +173,7 @@ class UncertaintyObjective(Objective):
     accumulate: bool | None = None
 
     def start(self, network: Network, labels: Sequence[str], size: int) -> Method:
+        network.require_restorer("TUR")
         if self.setting == "data set":
             loss = TaskUncertaintyLoss(tuple(labels), accumulate=bool(self.accumulate))
         else:

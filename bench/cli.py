@@ -9,6 +9,7 @@ from collections.abc import Sequence
 BENCHES = {
     "restorer": ("restorer", "time, throughput and peak memory of networks"),
     "memory": ("memory", "bytes per pixel of each network, which tiling plans with"),
+    "freed": ("freed_memory", "what keeping freed memory saves on a CPU, and takes"),
     "large": ("large", "peak memory of a process that restores a large picture"),
     "video": ("video_memory", "memory of a process that restores a long video"),
     "steady": ("steady_video", "flicker on a noisy pan, before and after stabilising"),

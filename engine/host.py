@@ -12,7 +12,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ..errors import Cancelled, InputError
+from . import allocator
 
 logger = logging.getLogger(__name__)
 
@@ -309,11 +310,19 @@ class Managed:
             options = {"memory_required": memory, "force_full_load": True}
             accepted = inspect.signature(management.load_models_gpu).parameters
             management.load_models_gpu([self.patcher], **{k: v for k, v in options.items() if k in accepted})
-            yield self.patcher.model, self.patcher.load_device
+            module, target = self.patcher.model, self.patcher.load_device
         else:
-            target = device()
+            module, target = self.module, device()
             _resident.admit(self, target)
-            yield self.module, target
+        with allocator.kept() if _keeps(target, memory) else nullcontext():
+            yield module, target
+
+
+def _keeps(target: torch.device, memory: int) -> bool:
+    """Whether what `memory` bytes of activations free is kept meanwhile: on a CPU with ample room, as estimates err."""
+    if target.type != "cpu" or memory < allocator.WORTH_IT:
+        return False
+    return 4 * memory <= free_memory(target)
 
 
 class _Resident:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from ..errors import InputError, OutOfMemoryError
 from ..models import registry
 from ..models.layers.padding import pad_to_multiple
-from . import host, memory
+from . import allocator, host, memory
 from .alpha import fill_transparent, upscale_alpha
 from .loaded import LoadedRestorer
 from .pictures import to_pil
@@ -118,8 +118,13 @@ def choose_tile(loaded: LoadedRestorer, height: int, width: int, dtype: torch.dt
     pixels = host.working_memory(target) / bytes_per_pixel(loaded, dtype)
     if height * width <= pixels:
         return max(height, width)
-    side = int(math.sqrt(pixels)) // restorer.multiple_of * restorer.multiple_of
+    side = int(math.sqrt(pixels / _room_for_kept(target))) // restorer.multiple_of * restorer.multiple_of
     return max(side, round_up(SMALLEST_TILE, restorer.multiple_of))
+
+
+def _room_for_kept(target: torch.device) -> float:
+    """By how much a part of a large picture is smaller where freed memory is kept meanwhile: then it takes as much."""
+    return allocator.KEPT if target.type == "cpu" and allocator.available() else 1.0
 
 
 def restore(
@@ -398,6 +403,7 @@ def reduced(loaded: LoadedRestorer, image: torch.Tensor, dtype: torch.dtype, dev
     factor = math.sqrt(pixels / (image.shape[-2] * image.shape[-1]))
     if factor >= 1:
         return image
+    factor /= math.sqrt(_room_for_kept(device))
     return F.interpolate(image, size=[max(1, int(s * factor)) for s in image.shape[-2:]], mode="area")
 
 

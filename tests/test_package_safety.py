@@ -36,6 +36,7 @@ PROCESSES = {"subprocess", "multiprocessing", "pty", "ctypes", "cffi"}
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 # Compiling kernels for the user's own machine is the one reason to run a program.
 MAY_COMPILE = ("kernels/",)
+ALLOCATOR = "engine/allocator.py"  # what it may do with ctypes has a test of its own
 MAY_NAME_DEVICES = ("kernels/", "engine/host.py")
 RUNNERS = {
     "os.system", "os.popen", "os.execv", "os.execve", "os.execvp", "os.spawnv", "os.spawnl", "os.posix_spawn", "os.startfile",
@@ -94,7 +95,14 @@ def test_no_program_is_started():
             if isinstance(node, (ast.Attribute, ast.Name)) and dotted(node) in RUNNERS:
                 yield dotted(node), node.lineno
 
-    assert found(check, MAY_COMPILE) == []
+    assert found(check, (*MAY_COMPILE, ALLOCATOR)) == []
+
+
+def test_the_allocator_is_set_in_this_process_alone():
+    """No library is loaded for it: ctypes.CDLL(None) is the process itself."""
+    calls = [n for n in ast.walk(TREES[ALLOCATOR]) if isinstance(n, ast.Call)]
+    loaded = [n.args for n in calls if dotted(n.func).startswith("ctypes.")]
+    assert len(loaded) == 1 and [a.value for a in loaded[0]] == [None]
 
 
 def test_no_network_outside_the_download_command():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import subprocess
 import sys
 import time
@@ -17,7 +17,7 @@ import torch
 
 from ..engine import allocator, host, loaded, tiling
 from . import report
-from .machine import command
+from .machine import command, peak_bytes, resident
 
 WEIGHTS = host.PACK / "weights" / "mend-moce-ir-starter.safetensors"
 
@@ -30,17 +30,16 @@ def measure(height: int, width: int, keep: bool, threads: int) -> dict[str, Any]
         allocator.kept = nullcontext
     network = loaded.load(WEIGHTS)
     image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
-    before, began = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
+    before, began = os.times(), time.monotonic()
     with torch.inference_mode():
         tiling.restore(network, image)
-    seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF)
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    seconds, after = time.monotonic() - began, os.times()
     return {
         "seconds": seconds,
-        "user": after.ru_utime - before.ru_utime,
-        "system": after.ru_stime - before.ru_stime,
-        "peak": after.ru_maxrss * 1024,
-        "afterwards": resident,
+        "user": after.user - before.user,
+        "system": after.system - before.system,
+        "peak": peak_bytes(),
+        "afterwards": resident(),
     }
 
 

@@ -78,14 +78,14 @@ def _one(args: argparse.Namespace) -> int:
     width, height = args.size
     network = _network(args.one, args.released is not None)
     picture = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
-    before, clock, restored = peak_bytes(), Clock(args.seconds), None
+    before, clock, restored = machine.peak_bytes(), Clock(args.seconds), None
     with torch.inference_mode():
         side = args.tile or tiling.choose_tile(network, height, width, torch.float32, torch.device("cpu"))
         try:
             restored = tiling.restore(network, picture, tile=args.tile)
         except Cancelled:
             pass
-    seconds, peak = clock.spent(), peak_bytes()
+    seconds, peak = clock.spent(), machine.peak_bytes()
     whole = (height * network.restorer.scale, width * network.restorer.scale)
     if restored is not None and (restored.shape[-2:] != whole or not bool(restored.isfinite().all())):
         print(f"| {args.one} | gave {tuple(restored.shape)} or values that are not finite | | | | | | |")
@@ -96,14 +96,6 @@ def _one(args: argparse.Namespace) -> int:
         flush=True,
     )
     return 0 if peak < args.limit * 1e9 else 1
-
-
-def peak_bytes() -> int:
-    """Most resident memory of this process so far."""
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _parser() -> argparse.ArgumentParser:

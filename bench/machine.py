@@ -1,10 +1,11 @@
-"""What a figure was measured on, in words: every result names it."""
+"""What a figure was measured on, in words: every result names it. And the memory of this process."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -34,3 +35,17 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds; Linux only."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes() -> int:
+    """Most resident memory of this process so far."""
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from .. import models
 from ..engine import host, loaded
 from ..engine.restore_video import VideoSettings, restore_video
 from ..engine.video import VideoInfo, VideoReader, VideoWriter, join
-from .machine import describe
+from .machine import describe, resident
 from .steady_video import noisy, pan
 
 TINY = {
@@ -27,12 +26,6 @@ TINY = {
     "num_refinement_blocks": 1,
 }
 """A MoCE-IR of a few thousand weights: what is measured is the way of the frames, not a network."""
-
-
-def resident() -> int:
-    """Bytes of memory that this process holds."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def write_long(path: Path, frames: int, size: tuple[int, int], folder: Path) -> Path:

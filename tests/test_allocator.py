@@ -5,18 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from comfyui_mend.bench.machine import resident
 from comfyui_mend.engine import allocator, host, tiling
 
 needed = pytest.mark.skipif(not allocator.available(), reason="no GNU C library, or its allocator was set by hand")
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 @needed

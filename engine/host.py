@@ -151,6 +151,12 @@ def working_memory(target: torch.device) -> int:
     return min(budget, CPU_WORKING_MEMORY) if target.type == "cpu" else budget
 
 
+def part_memory(target: torch.device) -> int:
+    """Bytes to plan a part of a large picture with: where freed memory is kept meanwhile, it then takes about as much."""
+    keeps = target.type == "cpu" and allocator.available()
+    return int(working_memory(target) / (allocator.KEPT if keeps else 1.0))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """True for every backend's way of saying that an allocation failed."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from ..errors import InputError, OutOfMemoryError
 from ..models import registry
 from ..models.layers.padding import pad_to_multiple
-from . import allocator, host, memory
+from . import host, memory
 from .alpha import fill_transparent, upscale_alpha
 from .loaded import LoadedRestorer
 from .pictures import to_pil
@@ -115,16 +115,11 @@ def bytes_per_pixel(loaded: LoadedRestorer, dtype: torch.dtype) -> float:
 def choose_tile(loaded: LoadedRestorer, height: int, width: int, dtype: torch.dtype, target: torch.device) -> int:
     """Side of a square tile that fits the free memory; the longer side of the picture if that fits whole."""
     restorer = loaded.restorer
-    pixels = host.working_memory(target) / bytes_per_pixel(loaded, dtype)
-    if height * width <= pixels:
+    each = bytes_per_pixel(loaded, dtype)
+    if height * width <= host.working_memory(target) / each:
         return max(height, width)
-    side = int(math.sqrt(pixels / _room_for_kept(target))) // restorer.multiple_of * restorer.multiple_of
+    side = int(math.sqrt(host.part_memory(target) / each)) // restorer.multiple_of * restorer.multiple_of
     return max(side, round_up(SMALLEST_TILE, restorer.multiple_of))
-
-
-def _room_for_kept(target: torch.device) -> float:
-    """By how much a part of a large picture is smaller where freed memory is kept meanwhile: then it takes as much."""
-    return allocator.KEPT if target.type == "cpu" and allocator.available() else 1.0
 
 
 def restore(
@@ -399,11 +394,10 @@ def until_it_fits(loaded: LoadedRestorer, image: torch.Tensor, look: Callable[[t
 
 def reduced(loaded: LoadedRestorer, image: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """`image` [B, C, H, W], shrunk by area averaging if the network could not take it whole."""
-    pixels = host.working_memory(device) / bytes_per_pixel(loaded, dtype) / len(image)
-    factor = math.sqrt(pixels / (image.shape[-2] * image.shape[-1]))
-    if factor >= 1:
+    needed = activation_bytes(loaded, image, dtype)
+    if needed <= host.working_memory(device):
         return image
-    factor /= math.sqrt(_room_for_kept(device))
+    factor = math.sqrt(host.part_memory(device) / needed)
     return F.interpolate(image, size=[max(1, int(s * factor)) for s in image.shape[-2:]], mode="area")
 
 

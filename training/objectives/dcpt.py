@@ -24,8 +24,6 @@ from ...models.dcpt_classifier import LABELS, ClassifiedNetwork, DegradationClas
 from .base import Method, Network, Objective, Parts, Pass, capture, own_copy
 
 MODES = ("dcpt", "direct", "classifier")
-CLASSIFIER = "classifier"
-"""Name of the file that gets what a classifier has learned beside a network."""
 
 
 def focal_loss(
@@ -207,7 +205,7 @@ class _Classification(Method):
         """The classifier: with the network that it reads, where that shows its decoder's maps by itself."""
         if self.names:
             config = {**self.config, "labels": self.labels, "stages": ", ".join(self.names)}
-            return {CLASSIFIER: Restorer(registry.get("dcpt-classifier"), config, self.net_dc)}
+            return {"classifier": Restorer(registry.get("dcpt-classifier"), config, self.net_dc)}
         pair = {
             "backbone": network.architecture.id,
             "net_g": dict(network.config),
@@ -216,7 +214,7 @@ class _Classification(Method):
             "window": self.size,
         }
         both = ClassifiedNetwork(network.module, self.net_dc, network.architecture.multiple_of(network.config))
-        return {CLASSIFIER: Restorer(registry.get("dcpt-classified-network"), pair, both)}
+        return {"classifier": Restorer(registry.get("dcpt-classified-network"), pair, both)}
 
 
 @dataclass(frozen=True)

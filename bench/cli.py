@@ -18,6 +18,7 @@ BENCHES = {
     "layout": ("layout", "channels-last feature maps on a CPU"),
     "scan": ("state_space", "state-space networks end to end, by scan backend"),
     "reference": ("reference", "networks against their published implementations, fetched beforehand"),
+    "training": ("training_steps", "a step of training a starter, and gradients by kind of damage"),
     "samples": ("synthetic_samples", "a restorer trained with and without samples of the degradation model"),
     "quality": ("starter_quality", "the starter weights against classical methods"),
     "enlarge": ("enlarge_quality", "the enlarging starter against interpolation"),

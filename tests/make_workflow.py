@@ -315,9 +315,13 @@ def write(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if thumbnail is not None:
-        picture = Image.open(thumbnail).convert("RGB")
-        picture.thumbnail((640, 640))
-        picture.save(WORKFLOWS / f"{name}.jpg", quality=85, optimize=True)
+        save_thumbnail(Image.open(thumbnail).convert("RGB"), name)
+
+
+def save_thumbnail(picture: Image.Image, name: str) -> None:
+    """Writes the thumbnail of a workflow; shrinks `picture` in place."""
+    picture.thumbnail((640, 640), Image.Resampling.LANCZOS, reducing_gap=None)
+    picture.save(WORKFLOWS / f"{name}.jpg", quality=85, optimize=True)
 
 
 def archive(version: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -10,9 +12,9 @@ import torch
 from PIL import Image
 
 from comfyui_mend import models
-from comfyui_mend.errors import Cancelled, CheckpointError, ConfigError
+from comfyui_mend.errors import Cancelled, CheckpointError, ConfigError, InputError
 from comfyui_mend.training import cli, data, photos, trainer
-from comfyui_mend.training.accelerate import accelerate
+from comfyui_mend.training.accelerate import accelerate, compile_blocks
 from comfyui_mend.training.degradations import Degradation
 from comfyui_mend.training.objectives.restoration import Restoration, charbonnier
 from comfyui_mend.training.starters import STARTERS
@@ -79,6 +81,50 @@ def test_workers_give_the_gradients_of_one(tmp_path):
         gradients.append([p.grad for p in one.module.parameters() if p.grad is not None])
     for a, b in zip(*gradients, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_the_gradient_of_every_pair_is_clipped_before_they_are_added_up(tmp_path):
+    class Plain:
+        def __call__(self, module, damaged, clean, generator):
+            return charbonnier(module(damaged), clean) * scale.pop(0), {}
+
+    def gradients(factors, pairs, **settings):
+        scale[:] = factors
+        one.settings = dataclasses.replace(one.settings, **settings)
+        one._backward(*pairs)
+        return torch.cat([p.grad.flatten() for p in one.module.parameters() if p.grad is not None])
+
+    scale = []
+    one = run(tmp_path)
+    one.objective = Plain()
+    damaged, clean, _ = one.pairs.batch(2, 32)
+    batch, pairs = (damaged, clean), [(damaged[i : i + 1], clean[i : i + 1]) for i in range(2)]
+    whole = gradients([1.0], batch)
+    assert torch.allclose(gradients([1.0, 1.0], batch, clip_each=1e6), whole, atol=1e-6)
+    # A pair whose loss is a thousand times larger counts as much as any other, each with a length of at most 0.01.
+    first, second = (gradients([1.0], pair, clip_each=None) for pair in pairs)
+    expected = 0.5 * 0.01 * (first / first.norm() + second / second.norm())
+    assert torch.allclose(gradients([1.0, 1000.0], batch, clip_each=0.01), expected, atol=1e-6)
+
+
+def test_blocks_are_compiled_once_each_and_a_network_without_any_is_refused(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(self))
+    module = compile_blocks(accelerate(models.create("moce-ir", TINY)))
+    names = {id(layer): name for name, layer in module.named_modules()}
+    found = [names[id(layer)] for layer in compiled]
+    decoder = [f"dec.0.2.layers.0.{part}" for part in ("shared", "mixer", "ffn")]
+    assert found == ["enc.0.0.layers.0", "latent.layers.0", *decoder]
+    with pytest.raises(InputError, match="NAFNet"):
+        compile_blocks(models.create("nafnet", STARTERS["nafnet-deblur"].config))
+
+
+def test_stages_are_read_from_a_text():
+    stages = cli._stages("0:128x4 0.8:192x2")
+    assert stages == (trainer.Stage(0.0, 128, 4), trainer.Stage(0.8, 192, 2))
+    for wrong in ("", "128x4", "0:128", "0.2:128x4", "0:128x4 0.8:100x2", "0:128x0", "0:64x4 0.9:128x2 0.5:192x2"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            cli._stages(wrong)
 
 
 def test_the_average_follows_the_weights_slowly(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,11 +16,11 @@ import torch
 from .. import models
 from ..errors import InputError
 from . import cli_finetune, finetune, make_dataset, photos
-from .accelerate import accelerate
+from .accelerate import accelerate, compile_blocks
 from .data import PhotoCrops, load_photos
 from .starters import STARTERS
 from .stopping import stop_request
-from .trainer import OWN_LICENCE, Progress, Settings, Trainer, average_exports, export, read_export
+from .trainer import OWN_LICENCE, Progress, Settings, Stage, Trainer, average_exports, export, read_export
 from .warm_start import begin_with
 
 
@@ -41,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     starter.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     starter.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
     starter.add_argument("--float32", action="store_true", help="do not multiply in bfloat16")
+    starter.add_argument("--compile", action="store_true", help="compile the blocks; on CPUs with a C++ compiler")
+    starter.add_argument("--stages", type=_stages, help='crops from a share of the run on, as "0:128x4 0.8:192x2"')
     starter.add_argument("--seed", type=int, default=0)
     starter.add_argument("--initial", type=Path, help="weights to begin with: an exported file, of fewer blocks too")
     starter.add_argument("--config", type=json.loads, help="another configuration of the network, as JSON")
@@ -64,6 +67,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     average.set_defaults(run=_average)
 
 
+def _stages(text: str) -> tuple[Stage, ...]:
+    """The stages that a text like "0:128x4 0.8:192x2" names: crops of 128 pixels, four a step, and so on."""
+    stages = []
+    for part in text.split():
+        found = re.fullmatch(r"([0-9.]+):([0-9]+)x([0-9]+)", part)
+        if not found:
+            raise argparse.ArgumentTypeError(f'{part!r} is not of the form SHARE:SIZExBATCH, as in "0:128x4"')
+        stages.append(Stage(float(found[1]), int(found[2]), int(found[3])))
+    if not stages or stages[0].start or stages != sorted(stages, key=lambda stage: stage.start):
+        raise argparse.ArgumentTypeError("the first stage begins at 0, every other later than the one before")
+    if any(stage.size < 16 or stage.size % 8 or not stage.batch for stage in stages):
+        raise argparse.ArgumentTypeError("crops are multiples of 8 from 16 pixels on, one or more a step")
+    return tuple(stages)
+
+
 def _photos(arguments: argparse.Namespace) -> int:
     photos.prepare(arguments.unpacked, arguments.out)
     return 0
@@ -81,9 +99,10 @@ def _starter(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         optimizer=arguments.optimizer,
         autocast=not arguments.float32,
+        clip_each=recipe.clip_each,
     )
-    if recipe.stages:
-        settings = replace(settings, stages=recipe.stages)
+    if stages := arguments.stages or recipe.stages:
+        settings = replace(settings, stages=stages)
     crops = PhotoCrops(load_photos(arguments.photos / "train"))
     pairs = recipe.pairs(crops, torch.Generator().manual_seed(arguments.seed))
     config = dict(arguments.config or recipe.config)
@@ -95,7 +114,10 @@ def _starter(arguments: argparse.Namespace) -> int:
         begin_with(module, read_export(arguments.initial).state_dict(), recipe.closing)
     validation = recipe.validation_set(load_photos(arguments.photos / "validation"), settings.validation_size)
     restorer = partial(models.Restorer, models.registry.get(recipe.system), config)
-    trainer = Trainer(accelerate(module), pairs, settings, arguments.out, recipe.objective, validation, restorer)
+    module = accelerate(module)
+    if arguments.compile:
+        compile_blocks(module)
+    trainer = Trainer(module, pairs, settings, arguments.out, recipe.objective, validation, restorer)
     provenance = {"which": arguments.which, "config": config, "photos": len(crops.photos), "seed": arguments.seed}
     (arguments.out / "run.json").write_text(json.dumps(provenance))
     trainer.resume()

@@ -117,7 +117,7 @@ STARTER_TASKS = (
     _single("channel-noise", 0.02, "channel-noise"),
     _single("poisson", 0.02, "poisson"),
     _single("blur", 0.12, "blur", choice=3),
-    _single("motion-blur", 0.07, "motion-blur", choice=3),
+    _single("motion-blur", 0.12, "motion-blur", choice=3),
     _single("defocus", 0.02, "defocus", choice=3),
     _single("downsample", 0.02, "downsample", choice=3),
     _single("rain", 0.055, "rain"),

@@ -63,6 +63,7 @@ class Starter:
     initialise: Callable[[nn.Module], None] | None = None
     closing: str | None = None  # the last layers of a residual block, where the network may be deepened between runs
     stages: tuple[Stage, ...] | None = None
+    clip_each: float | None = None  # see trainer.Settings
 
     def pairs(self, crops: PhotoCrops, generator: torch.Generator) -> PairStream | SuperResolutionStream:
         """The stream of training pairs."""
@@ -108,6 +109,7 @@ STARTERS: Mapping[str, Starter] = {
         initialise=_near_identity("output"),
         closing="project_out",
         stages=(Stage(0.0, 64, 12), Stage(0.25, 96, 6), Stage(0.65, 128, 4), Stage(0.9, 192, 2)),
+        clip_each=1.0,
     ),
     "mpmf-weather": Starter(
         file="mend-mpmf-weather-starter.safetensors",

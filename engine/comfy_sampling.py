@@ -120,8 +120,6 @@ def as_model(prior: zero_shot.NetworkPrior) -> Any:
     """A network prior as a ComfyUI MODEL in pixel space: latents are pictures [B, 3, H, W] in -1..1."""
     import comfy.latent_formats
     import comfy.model_base
-    import comfy.model_management
-    import comfy.model_patcher
     import comfy.model_sampling
     import comfy.supported_models_base
 
@@ -164,8 +162,7 @@ def as_model(prior: zero_shot.NetworkPrior) -> Any:
         model.model_sampling = Boundary(config)
     model.diffusion_model = prior.loaded.restorer.module
     model.diffusion_model.dtype = torch.float32
-    management = comfy.model_management
-    return comfy.model_patcher.ModelPatcher(model, management.get_torch_device(), management.unet_offload_device())
+    return host.whole_patcher(model)
 
 
 @dataclass(frozen=True, eq=False)

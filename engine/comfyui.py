@@ -54,13 +54,20 @@ class _Server:
         """Nobody watches the queue."""
 
 
+def _executor(kind: type, server: _Server) -> Any:
+    """A PromptExecutor that caches as usual. Later versions than 0.3.64 need the sizes of the other kinds of cache too."""
+    if "cache_args" in inspect.signature(kind).parameters:
+        return kind(server, cache_args={"lru": 0, "ram": 0, "ram_inactive": 0})
+    return kind(server)
+
+
 class ComfyUI:
     """One ComfyUI, loaded into this process. Use `start` as a context manager: it owns a temporary folder."""
 
     def __init__(self, modules: Mapping[str, Any], temp: Path) -> None:
         self._modules, self._temp = modules, temp
         self._server = _Server()
-        self._executor = modules["execution"].PromptExecutor(self._server)
+        self._executor = _executor(modules["execution"].PromptExecutor, self._server)
         self.output = folders.own_output_directory()
         self.output.mkdir(parents=True, exist_ok=True)
         modules["folder_paths"].set_output_directory(str(self.output))

@@ -145,9 +145,21 @@ def _process_cap() -> int:
     return cap
 
 
+def available_memory(target: torch.device) -> int:
+    """`free_memory`, and what ComfyUI will take back from other models when a network asks for it.
+
+    Without that, how a picture is cut into tiles would depend on what ran before.
+    """
+    free = free_memory(target)
+    if target.type == "cpu" or not inside_comfyui():
+        return free
+    loaded = [model for model in _management().loaded_models() if model is not None]
+    return free + sum(int(model.loaded_size()) for model in loaded if model.load_device == target)
+
+
 def working_memory(target: torch.device) -> int:
     """Bytes to plan activations with."""
-    budget = int(free_memory(target) * 0.6)
+    budget = int(available_memory(target) * 0.6)
     return min(budget, CPU_WORKING_MEMORY) if target.type == "cpu" else budget
 
 
@@ -288,6 +300,22 @@ def part_of_progress(part: int, parts: int) -> Iterator[None]:
 # Networks on devices --------------------------------------------------------------------------------------------------
 
 
+def whole_patcher(model: nn.Module) -> Any:
+    """Inside ComfyUI: its `ModelPatcher` for plain layers, which compute only where all their weights are.
+
+    ComfyUI leaves weights behind where memory is short, with --novram all of them, and its own layers fetch them one by
+    one. Ours do not: a network is loaded whole or not at all.
+    """
+    import comfy.model_patcher
+
+    class Whole(comfy.model_patcher.ModelPatcher):
+        def partially_load(self, device_to: torch.device, extra_memory: float = 0, *args: Any, **options: Any) -> Any:
+            return super().partially_load(device_to, 1e32, *args, **options)
+
+    management = _management()
+    return Whole(model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device())
+
+
 class Managed:
     """A network whose place in memory the host manages: a `ModelPatcher` inside ComfyUI."""
 
@@ -295,12 +323,7 @@ class Managed:
         self.module = module
         self.patcher = None
         if inside_comfyui():
-            import comfy.model_patcher
-
-            management = _management()
-            self.patcher = comfy.model_patcher.ModelPatcher(
-                module, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
-            )
+            self.patcher = whole_patcher(module)
 
     @property
     def size(self) -> int:

@@ -32,6 +32,9 @@ SMALLEST_TILE = 64
 DEFAULT_OVERLAP = 64
 """For networks that see the whole picture anyway: enough for their local layers."""
 PREVIEW_SIDE = 512
+PICTURES_AT_ONCE = {"cpu": 256 * 256, "accelerator": 2048 * 1024}
+"""Pixels of the pictures of a batch that go through the network together. More is hardly faster, and between two such
+passes the bar moves and Cancel is heard."""
 Result = TypeVar("Result")
 _warned: weakref.WeakSet[host.Managed] = weakref.WeakSet()
 
@@ -209,9 +212,10 @@ def run(
     size = (batch, output_channels or channels, height * scale, width * scale)
     result = torch.empty(size, device=host.intermediate_device())
     fitting = int(host.working_memory(target) / bytes_per_pixel(loaded, dtype) / (height * width))
+    fitting = min(fitting, PICTURES_AT_ONCE["cpu" if target.type == "cpu" else "accelerator"] // (height * width))
     chunk = min(batch, max(1, fitting)) if side >= max(height, width) else 1
     _warn_of_tiles(loaded, height, width, side)
-    progress = host.progress(sum(_tile_count(loaded, n, height, width, side, overlap) for n in _chunks(batch, chunk)))
+    progress = host.progress(batch * _tile_count(loaded, height, width, side, overlap))
     done = 0
     while done < batch:
         images = slice(done, min(batch, done + chunk))
@@ -248,7 +252,7 @@ def run(
                 ) from None
             side = max(side, smallest)
             logger.warning("out of memory: going on with tiles of %d pixels", side)
-            progress.extend(_tile_count(loaded, 1, height, width, side, overlap))
+            progress.extend(_tile_count(loaded, height, width, side, overlap))
             continue
         done = images.stop
     return result
@@ -269,11 +273,7 @@ def _warn_of_tiles(loaded: LoadedRestorer, height: int, width: int, side: int) -
     )
 
 
-def _chunks(batch: int, chunk: int) -> list[int]:
-    return [min(chunk, batch - start) for start in range(0, batch, chunk)]
-
-
-def _tile_count(loaded: LoadedRestorer, images: int, height: int, width: int, side: int, overlap: int) -> int:
+def _tile_count(loaded: LoadedRestorer, height: int, width: int, side: int, overlap: int) -> int:
     rows, columns = _plan(loaded, height, width, side, overlap)
     return len(rows.starts) * len(columns.starts)
 
@@ -328,7 +328,7 @@ def _restore_images(
         host.check_interrupt()
         whole = _call(restorer, image.to(device), dtype, context)
         result.copy_(whole)
-        progress.update(1, lambda: _preview(result[0]))
+        progress.update(len(image), lambda: _preview(result[0]))
         return
     context = {**_shared_context(loaded, image, context, dtype, device), **context}
     padded, _ = pad_to_multiple(image, restorer.multiple_of, restorer.minimum_size)

@@ -58,6 +58,7 @@ def main(job_file: str, result_file: str) -> None:
             valid, error, good, node_errors = asyncio.run(execution.validate_prompt("check", prompt, None))
             answer["prompts"][name] = {"valid": valid, "error": error, "good": good, "node_errors": node_errors}
         answer["cases"] = run_cases(comfyui)
+        answer["places"] = places()
         for name, prompt in job["workflows"].items():
             log.lines.clear()
             result = comfyui.run(prompt)
@@ -89,6 +90,36 @@ def run_cases(comfyui: Any) -> dict[str, list[dict[str, Any]]]:
         seen[name] = [observe(nodes, comfyui.run(json.loads(json.dumps(prompt)))) for prompt in prompts]
     for name in nodes.classes:
         del comfyui.classes[name]
+    return seen
+
+
+def places() -> dict[str, list[str]]:
+    """Where the weights of a network and of a prior lie while they are used, by ComfyUI's way with memory, and short of it.
+
+    The card is played by PyTorch's meta device, which takes any weights and none of the memory.
+    """
+    import comfy.model_management as management
+    import torch
+
+    from comfyui_mend.engine import host
+
+    card, seen = torch.device("meta"), {}
+    kept = {name: getattr(management, name) for name in ("vram_state", "get_torch_device", "get_free_memory")}
+    management.get_torch_device = lambda: card
+    management.get_free_memory = lambda device=None, torch_free_too=False: (1e5, 1e5) if torch_free_too else 1e5
+    try:
+        for state in ("NORMAL_VRAM", "LOW_VRAM", "NO_VRAM"):
+            management.vram_state = management.VRAMState[state]
+            layers = [torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.Conv2d(64, 512, 3)) for _ in range(2)]
+            with host.Managed(layers[0]).on_device(1000):
+                seen[state] = sorted({str(p.device) for p in layers[0].parameters()})
+            management.load_models_gpu([prior := host.whole_patcher(layers[1])])  # as the core does for a MODEL
+            seen[f"{state}, as a MODEL"] = sorted({str(p.device) for p in layers[1].parameters()})
+            seen[f"{state}, cloned"] = [type(prior.clone()).__name__]
+            management.current_loaded_models.clear()
+    finally:
+        for name, value in kept.items():
+            setattr(management, name, value)
     return seen
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from comfyui_mend.engine import host, model_folder
+from comfyui_mend.engine import comfyui, host, model_folder
 from comfyui_mend.errors import Cancelled, InputError
 
 
@@ -84,7 +85,30 @@ def test_model_files_are_found_by_name_and_names_cannot_leave_the_folder(tmp_pat
         model_folder.model_path("nothing.pth")
 
 
+def test_tiles_are_planned_with_what_comfyui_takes_back_from_other_models(monkeypatch) -> None:
+    card, other = torch.device("meta"), torch.device("cpu")
+    models = [SimpleNamespace(load_device=d, loaded_size=lambda: 5_000_000_000) for d in (card, other)]
+    management = SimpleNamespace(get_free_memory=lambda device: 1e9, loaded_models=lambda: [*models, None])
+    monkeypatch.setattr(host, "inside_comfyui", lambda: True)
+    monkeypatch.setattr(host, "_management", lambda: management)
+    assert host.free_memory(card) == 1_000_000_000
+    assert host.working_memory(card) == int(0.6 * 6_000_000_000)
+
+
 def test_free_memory_is_a_sane_number() -> None:
     free = host.free_memory(torch.device("cpu"))
     assert 10_000_000 < free < 10**13
     assert host.working_memory(torch.device("cpu")) <= host.CPU_WORKING_MEMORY
+
+
+def test_newer_cores_are_told_the_sizes_of_their_caches() -> None:
+    class Old:
+        def __init__(self, server, cache_type=False, cache_size=None) -> None:
+            self.given = cache_type, cache_size
+
+    class New:
+        def __init__(self, server, cache_type=False, cache_args=None) -> None:
+            self.ram = cache_args["ram"], cache_args["ram_inactive"]
+
+    assert comfyui._executor(Old, None).given == (False, None)
+    assert comfyui._executor(New, None).ram == (0, 0)

@@ -131,6 +131,18 @@ def test_the_chunk_of_a_batch_follows_free_memory(monkeypatch):
         assert [c[0] for c in restorer.restorer.module.calls] == want
 
 
+def test_between_the_pictures_of_a_batch_the_bar_moves_and_cancel_is_heard(monkeypatch):
+    restorer, batch, told = local_restorer(), torch.rand(6, 3, 64, 64), []
+    monkeypatch.setattr(tiling, "PICTURES_AT_ONCE", {"cpu": 2 * 64 * 64 + 1})
+    host.set_hooks(progress=lambda done, total, picture: told.append((done, total)), interrupt=lambda: len(told) == 2)
+    try:
+        with pytest.raises(Cancelled):
+            tiling.restore(restorer, batch)
+    finally:
+        host.set_hooks()
+    assert told == [(2, 6), (4, 6)] and [c[0] for c in restorer.restorer.module.calls] == [2, 2]
+
+
 def test_a_batch_that_does_not_fit_goes_on_with_fewer_pictures_at_a_time(caplog):
     restorer, batch = local_restorer(), torch.rand(6, 3, 64, 64)
     want = tiling.restore(restorer, batch)

@@ -266,6 +266,13 @@ def test_both_engines_run_a_workflow_in_the_same_way(name, comfyui):
 
 
 @pytest.mark.comfyui
+@pytest.mark.parametrize("state", ["NORMAL_VRAM", "LOW_VRAM", "NO_VRAM"])
+def test_a_network_lies_whole_on_the_card_however_comfyui_saves_memory(comfyui, state):
+    assert comfyui["places"][state] == comfyui["places"][f"{state}, as a MODEL"] == ["meta"]
+    assert comfyui["places"][f"{state}, cloned"] == ["Whole"]
+
+
+@pytest.mark.comfyui
 @pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_gives_the_same_pictures_and_texts_in_comfyui(name, builtin, comfyui):
     skip_unless_runnable(name)

@@ -11,12 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from ..errors import MissingDependency
+from ..errors import InputError, MissingDependency
 from ..guidance import cm4ir, parametrisation, rdmd
 from ..guidance.measurement import Measurement
 from ..guidance.priors import Prior
 from . import host, zero_shot
+
+PIXEL_CHANNELS = 3
 
 
 def need_comfyui(what: str) -> None:
@@ -60,25 +63,69 @@ def denoiser(model: Callable[..., torch.Tensor], base: Any, extra: dict[str, Any
     return Prior(network, clamp=clamp, name="MODEL")
 
 
-def _space(prior: Prior, vae: Any, device: torch.device, model: Any) -> zero_shot.Session:
-    """A session in the space of a MODEL: pixels without a VAE, else its latents as the model sees them."""
+def _check_vae(latent_format: Any, vae: Any) -> None:
+    """Raises InputError unless the model's states are latents of `vae`; without one, pictures."""
+    needed = getattr(latent_format, "latent_channels", None)
+    found = PIXEL_CHANNELS if vae is None else getattr(vae, "latent_channels", None)
+    if needed is None or found is None or needed == found:
+        return
+    if vae is None:
+        raise InputError(f"vae: this model works on latents of {needed} channels; connect the VAE that belongs to it")
+    if needed == PIXEL_CHANNELS:
+        raise InputError(f"vae: this model works on pixels, not on latents of {found} channels; leave vae open")
+    raise InputError(
+        f"vae: its latents have {found} channels, but the model's {needed}; connect the VAE that belongs to the model"
+    )
+
+
+def _missing(side: int, vae: Any) -> int:
+    """How many pixels `side` lacks to a multiple of the VAE's factor, to which its `encode` would else crop."""
+    return -side % int(vae.spacial_compression_encode())
+
+
+def _encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """The VAE's latent of pixels [B, C, H, W] in -1..1, whose right and lower edges are drawn out to whole latents."""
+    height, width = pixels.shape[-2:]
+    pixels = F.pad(pixels[:, :PIXEL_CHANNELS], (0, _missing(width, vae), 0, _missing(height, vae)), mode="replicate")
+    return vae.encode(pixels.movedim(1, -1) / 2 + 0.5)
+
+
+def _cropped(vae: Any, pictures: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """What `_encoded` was given, `size` (height, width), of what was decoded. Raises InputError where it is no such."""
+    whole = tuple(side + _missing(side, vae) for side in size)
+    if tuple(pictures.shape[-2:]) != whole:
+        (height, width), (found_height, found_width) = size, pictures.shape[-2:]
+        raise InputError(
+            f"latent: it decodes to a picture of {found_width} x {found_height}, but the measurement is of one of "
+            f"{width} x {height}; take the latent from Start From Measurement"
+        )
+    return pictures[..., : size[0], : size[1]]
+
+
+def _space(
+    prior: Prior | None, vae: Any, device: torch.device, model: Any, size: tuple[int, int] | None
+) -> zero_shot.Session:
+    """A session in the space of a MODEL: pixels without a VAE, else its latents as the model sees them.
+
+    size: height and width of the pictures, which need not fill whole latents; None shows all that a latent holds.
+    """
     if vae is None:
         return zero_shot.Session(prior, device)
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
-        latent = vae.encode((pixels.movedim(1, -1) / 2 + 0.5)[..., :3])
-        return model.process_latent_in(latent.float()).to(device)
+        return model.process_latent_in(_encoded(vae, pixels).float()).to(device)
 
     def decode(state: torch.Tensor) -> torch.Tensor:
-        pictures = vae.decode(model.process_latent_out(state))
-        return (pictures.movedim(-1, 1).float() * 2 - 1).to(device)
+        pictures = vae.decode(model.process_latent_out(state)).movedim(-1, 1)
+        pictures = pictures if size is None else _cropped(vae, pictures, size)
+        return (pictures.float() * 2 - 1).to(device)
 
     return zero_shot.Session(prior, device, encode, decode, model.process_latent_out)
 
 
 @dataclass(frozen=True, eq=False)
 class ModelPrior:
-    """Any ComfyUI MODEL as a prior; with a VAE if it works on latents."""
+    """Any ComfyUI MODEL as a prior; with a VAE if it works on latents. Raises InputError where one of them is missing."""
 
     model: Any
     vae: Any = None
@@ -87,25 +134,32 @@ class ModelPrior:
     cfg: float = 1.0
     name: str = "MODEL"
 
+    def __post_init__(self) -> None:
+        # Here and not in `run`, so that the node which has the inputs is the one that complains.
+        _check_vae(_latent_format(self.model), self.vae)
+        _conditions(self.model, self.positive, self.negative, self.cfg)
+
     def run(self, size: tuple[int, ...], body: Callable[[zero_shot.Session], Any]) -> Any:
+        """As `zero_shot.Prior`; with a VAE, `size` may also be that of the states [B, C, h, w], C other than 3."""
         import comfy.samplers
 
-        results = []
+        results, on_states = [], size[1] != PIXEL_CHANNELS
 
         class Borrow(comfy.samplers.Sampler):
             """Runs `body` where ComfyUI has the model loaded and its conditions prepared."""
 
             def sample(self, wrap: Any, sigmas: Any, extra_args: dict, callback: Any, noise: torch.Tensor, *rest: Any):
                 prior = denoiser(wrap, wrap.inner_model, extra_args, outer.vae is None)
-                results.append(body(_space(prior, outer.vae, noise.device, wrap.inner_model)))
+                shown = None if on_states else size[-2:]
+                results.append(body(_space(prior, outer.vae, noise.device, wrap.inner_model, shown)))
                 return noise
 
         outer = self
-        blank = torch.zeros(size[0], 3, size[-2], size[-1])
-        if self.vae is not None:
-            blank = torch.zeros_like(self.vae.encode(blank.movedim(1, -1) + 0.5))
+        blank = torch.zeros(tuple(size))
+        if self.vae is not None and not on_states:
+            blank = torch.zeros_like(_encoded(self.vae, blank))
         guider = comfy.samplers.CFGGuider(self.model)
-        guider.set_conds(self.positive or unconditional(), self.negative or unconditional())
+        guider.set_conds(*_conditions(self.model, self.positive, self.negative, self.cfg))
         guider.set_cfg(self.cfg)
         guider.sample(blank, blank, Borrow(), torch.tensor([1.0, 0.0]), seed=0, disable_pbar=True)
         return results[0]
@@ -114,6 +168,32 @@ class ModelPrior:
 def unconditional() -> list[Any]:
     """A condition that says nothing, for models that know none."""
     return [[torch.zeros(1, 1, 1), {}]]
+
+
+def _latent_format(model: Any) -> Any:
+    """What a MODEL says of its latents."""
+    return model.get_model_object("latent_format")
+
+
+def _reads_prompts(model: Any) -> bool:
+    """Whether a MODEL attends to a prompt, or has a text encoder of its own."""
+    config = getattr(model.model, "model_config", None)
+    if (getattr(config, "unet_config", None) or {}).get("context_dim") is not None:
+        return True
+    text_encoder = getattr(config, "clip_target", None)
+    return text_encoder is not None and text_encoder() is not None
+
+
+def _conditions(model: Any, positive: Any, negative: Any, cfg: float) -> tuple[Any, Any]:
+    """Positive and negative as they are given, or ones that say nothing. Raises InputError where the model needs them."""
+    if _reads_prompts(model):
+        if not positive:
+            raise InputError("positive: this model reads prompts; connect CLIP Text Encode")
+        if not negative and cfg != 1:
+            raise InputError(f"negative: cfg {cfg:g} compares with it; connect CLIP Text Encode, or set cfg to 1")
+        # At cfg 1 nothing comes of the negative, but ComfyUI prepares it all the same.
+        return positive, negative or positive
+    return positive or unconditional(), negative or unconditional()
 
 
 def as_model(prior: zero_shot.NetworkPrior) -> Any:
@@ -180,12 +260,16 @@ class _Borrowed:
     """Step, state and estimate: ComfyUI shows progress and preview, and stops here when cancelled."""
 
 
-def _ksampler(scheme: Callable[[_Borrowed], torch.Tensor], vae: Any) -> Any:
-    """A SAMPLER that runs `scheme`. Its result is a clean state, whatever the last noise level."""
+def _ksampler(scheme: Callable[[_Borrowed], torch.Tensor], vae: Any, size: tuple[int, int]) -> Any:
+    """A SAMPLER that runs `scheme`. Its result is a clean state, whatever the last noise level.
+
+    size: height and width of the picture to find.
+    """
     import comfy.samplers
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
         extra, base = extra_args or {}, model.inner_model.inner_model
+        _check_vae(base.latent_format, vae)
         levels, flow = zero_shot.levels(sigmas), _is_flow(base)
         if flow:  # pure noise has no picture in it to start from
             levels = (levels / (1 - levels.clamp(max=0.999))).clamp(max=999.0)
@@ -196,7 +280,7 @@ def _ksampler(scheme: Callable[[_Borrowed], torch.Tensor], vae: Any) -> Any:
                 level = sigmas[index]
                 callback({"x": state, "i": index, "sigma": level, "sigma_hat": level, "denoised": estimate})
 
-        session = _space(denoiser(model, base, extra, vae is None), vae, x.device, base)
+        session = _space(denoiser(model, base, extra, vae is None), vae, x.device, base, size)
         # Built from the noise itself: ComfyUI's x differs at a model's highest level, and hides it for flow models.
         given = _Borrowed(session, levels, model.latent_image, model.noise, int(extra.get("seed") or 0), flow, tell)
         result = scheme(given)
@@ -220,7 +304,7 @@ def sampler(measurement: Measurement, settings: zero_shot.Cm4ir, vae: Any = None
             lambda step: given.tell(step.index, step.x, step.x0),
         )
 
-    return _ksampler(scheme, vae)
+    return _ksampler(scheme, vae, measurement.size)
 
 
 def rdmd_sampler(measurement: Measurement, settings: zero_shot.Rdmd, vae: Any = None) -> Any:
@@ -236,7 +320,7 @@ def rdmd_sampler(measurement: Measurement, settings: zero_shot.Rdmd, vae: Any = 
 
         return zero_shot.run_rdmd(given.session, measurement, u, x, given.seed, settings, given.levels, tell)
 
-    return _ksampler(scheme, vae)
+    return _ksampler(scheme, vae, measurement.size)
 
 
 def guider(
@@ -262,12 +346,13 @@ def guider(
             highest, lowest = (self.inner_model.model_sampling.percent_to_sigma(share) for share in between)
             if not lowest <= float(timestep.max()) <= highest:
                 return x0
-            session = _space(None, vae, x0.device, self.inner_model)
+            session = _space(None, vae, x0.device, self.inner_model, measurement.size)
             seen = measurement.to(x0.device)
             moved = cm4ir.back_project(session.operator(seen.operator), x0.float(), seen.y, zeta, seen.noise, mu)
             return moved.to(x0)
 
+    _check_vae(_latent_format(model), vae)
     made = MeasurementGuider(model)
-    made.set_conds(positive or unconditional(), negative or unconditional())
+    made.set_conds(*_conditions(model, positive, negative, cfg))
     made.set_cfg(cfg)
     return made

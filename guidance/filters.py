@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -136,7 +136,7 @@ class Resize(Iterative):
     scale: float
     equal_margins: bool = True
     size: tuple[int, int] | None = None
-    """Size of the image behind a measurement; needed where it does not follow from the measurement's."""
+    """Size of the image behind a measurement, which does not follow from the measurement's: `fitted` sets it."""
     name = "resize"
     _cache: dict[tuple[int, torch.device], torch.Tensor] = field(default_factory=dict, repr=False)
 
@@ -147,7 +147,6 @@ class Resize(Iterative):
         return self._cache[key]
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        self.size = (x.shape[-2], x.shape[-1])
         return self._line(x.shape[-2], x) @ x @ self._line(x.shape[-1], x).T
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
@@ -158,9 +157,15 @@ class Resize(Iterative):
         return math.ceil(height * self.scale - 1e-9), math.ceil(width * self.scale - 1e-9)
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """`size` where it gives such a measurement, else the largest that does."""
         if self.size is not None and self.output_size(*self.size) == (height, width):
             return self.size
-        return round(height / self.scale), round(width / self.scale)
+        # The tolerance is that of `output_size`: what is rounded up there is rounded down here.
+        return math.floor((height + 1e-9) / self.scale), math.floor((width + 1e-9) / self.scale)
+
+    def fitted(self, height: int, width: int, measured: bool = False) -> Resize:
+        # A copy: the operator of a node serves pictures of many sizes.
+        return replace(self, size=self.input_size(height, width) if measured else (height, width))
 
 
 @dataclass(eq=False)

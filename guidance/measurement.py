@@ -45,7 +45,8 @@ def draw(
 
 
 def measure(operator: Operator, image: torch.Tensor, noise: float = 0.0, seed: int = 0) -> Measurement:
-    """Sees image [B, 3, H, W] in 0..1 through `operator` and adds Gaussian noise of `noise` (0..1 scale)."""
+    """Sees image [B, 3, H, W] in 0..1 through `operator`, fitted to it, and adds Gaussian noise of `noise` (0..1 scale)."""
+    operator = operator.fitted(*image.shape[-2:])
     clean = operator.A(image.float() * 2 - 1)
     # Noise of a masked-out pixel would be a measurement that was never made.
     added = seen_noise(operator, 2 * noise * draw(clean.shape, seed, 0, clean.device)) if noise > 0 else 0.0
@@ -59,7 +60,11 @@ def seen_noise(operator: Operator, noise: torch.Tensor) -> torch.Tensor:
 
 
 def from_picture(operator: Operator, image: torch.Tensor, noise: float) -> Measurement:
-    """A real damaged picture [B, 3, H, W] in 0..1 as a measurement. Raises InputError where a picture cannot be one."""
+    """A real damaged picture [B, 3, H, W] in 0..1 as a measurement by `operator`, fitted to it.
+
+    Raises InputError where a picture cannot be one.
+    """
+    operator = operator.fitted(*image.shape[-2:], measured=True)
     y = _observed(operator, image.float() * 2 - 1)
     return Measurement(operator, y, noise, operator.input_size(y.shape[-2], y.shape[-1]))
 
@@ -92,6 +97,7 @@ def footprint(operator: Operator, side: int = 96) -> torch.Tensor:
     operator = reduce(lambda inner, outer: Composition(outer, inner), seeing)
     least = max(operator.input_size(1, 1))
     blank = torch.zeros(1, 3, *operator.input_size(-(-side // least), -(-side // least)))
+    operator = operator.fitted(*blank.shape[-2:])
     y = torch.zeros_like(operator.A(blank))
     y[..., y.shape[-2] // 2, y.shape[-1] // 2] = 1.0
     seen = operator.A_adjoint(y)[0]

@@ -49,8 +49,7 @@ class Measure(io.ComfyNode):
     def execute(cls, operator, image, noise=0.05, seed=0) -> io.NodeOutput:
         host.check_interrupt()
         # The pictures' own draws must differ from those of a restoration with the same seed.
-        picture = colours_first(image)
-        found = measured.measure(operator.fitted(*picture.shape[-2:]), picture, noise, seed ^ 0x4D656E64)
+        found = measured.measure(operator, colours_first(image), noise, seed ^ 0x4D656E64)
         return io.NodeOutput(found, as_image(found.picture()))
 
 
@@ -85,7 +84,6 @@ class MeasurementFromImage(io.ComfyNode):
     def execute(cls, operator, image, noise=-1.0) -> io.NodeOutput:
         picture = colours_first(image)
         level = float(priors.estimate_noise(picture).median()) if noise < 0 else noise
-        operator = operator.fitted(*picture.shape[-2:], measured=True)
         return io.NodeOutput(measured.from_picture(operator, picture, level), level)
 
 

@@ -18,7 +18,7 @@ KINDS = {
     "bicubic x4": lambda: (filters.bicubic_downsampling(4), (16, 40)),
     "bicubic x3": lambda: (filters.bicubic_downsampling(3), (27, 15)),
     "gaussian": lambda: (filters.separable_blur(kernels.gaussian_1d(5, 1.0), kernels.gaussian_1d(7, 2.0)), (17, 24)),
-    "resize 0.4": lambda: (filters.Resize(0.4), (23, 31)),
+    "resize 0.4": lambda: (filters.Resize(0.4).fitted(23, 31), (23, 31)),
     "circular even kernel": lambda: (filters.CircularBlur(torch.rand(4, 6) / 12), (20, 18)),
     "circular x3": lambda: (filters.CircularBlur(SKEWED / SKEWED.sum(), 3), (18, 27)),
     "reflect": lambda: (filters.ReflectBlur(SKEWED / SKEWED.sum()), (9, 14)),
@@ -65,6 +65,23 @@ def test_sizes_are_foretold(operator_and_images) -> None:
     y = operator.A(x)
     assert tuple(y.shape[-2:]) == tuple(operator.output_size(*x.shape[-2:]))
     assert tuple(operator.input_size(*y.shape[-2:])) == tuple(x.shape[-2:])
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001, 1.2, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.3, 7.3, 15.999])
+def test_a_resize_finds_the_largest_picture_behind_a_measurement_of_any_size(factor: float) -> None:
+    operator = filters.Resize(1 / factor)
+    for length in range(1, 400):
+        behind = operator.input_size(length, 400 - length)
+        assert operator.output_size(*behind) == (length, 400 - length)
+        assert all(side > length for side in operator.output_size(behind[0] + 1, behind[0] + 1))
+
+
+def test_a_resize_forgets_the_pictures_that_it_has_seen() -> None:
+    operator, x = filters.Resize(0.5), torch.rand(1, 3, 33, 47)
+    y = operator.A(x)
+    assert operator.input_size(17, 24) == (34, 48) and operator.A_adjoint(y).shape[-2:] == (34, 48)
+    assert operator.fitted(17, 24, measured=True).size == (34, 48)
+    assert operator.fitted(33, 47).A_adjoint(y).shape == x.shape and operator.size is None
 
 
 def test_the_regularised_inverse_solves_its_normal_equations(operator_and_images) -> None:

@@ -171,6 +171,22 @@ def test_a_real_picture_becomes_a_measurement_with_its_noise_estimated() -> None
         measurements.MeasurementFromImage.execute(OPERATORS["compressed sensing"], noisy)
 
 
+@pytest.mark.parametrize("scheme", ["CM4IR", "RDMD"])
+def test_a_picture_made_smaller_by_a_broken_factor_is_restored_whatever_the_operator_saw_before(
+    scheme: str, epsilon
+) -> None:
+    operator = operator_nodes.OperatorDownsample.execute("any scale", 1.5).result[0]
+    damaged = torch.rand(1, 33, 47, 3)
+    for height, width in ((49, 69), (50, 71)):  # the first gives a measurement of that size too
+        measurements.Measure.execute(operator, torch.rand(1, height, width, 3))
+        found = measurements.MeasurementFromImage.execute(operator, damaged, 0.02).result[0]
+        assert found.size == (49, 70)
+        result = measurements.ApplyOperator.execute(operator, damaged, "pseudo-inverse").result[0]
+        assert result.shape == (1, 49, 70, 3)
+    restored = guidance.ZeroShotRestore.execute(epsilon, found, scheme=scheme, steps=2).result[0]
+    assert restored.shape == (1, 49, 70, 3)
+
+
 @pytest.mark.parametrize(("label", "name"), [("blur", "blur"), ("noise", "denoising"), ("rain", "denoising")])
 def test_a_label_becomes_an_operator(label: str, name: str) -> None:
     image = torch.rand(1, 3, 32, 32)

@@ -114,7 +114,8 @@ def run(case):
         return {"up": F.interpolate(inputs["x"], scale_factor=case.config["factor"], mode="bicubic")}
     if kind == "median-inpainting":
         return {"filled": fills.median_fill(inputs["image"], inputs["mask"])}
-    operator, x = _operator(case), inputs["x"]
+    x = inputs["x"]
+    operator = _operator(case).fitted(*x.shape[-2:])
     results = {"Ax": _flat_measurement(case, operator, operator.A(x))}
     if "y" not in inputs:
         return results

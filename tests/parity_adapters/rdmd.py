@@ -28,6 +28,7 @@ def run(case):
     prior = priors.epsilon_prior(module.eval().requires_grad_(False))
     operator, level = _operator(config, inputs), config["noise_level"]
     truth = torch.floor(inputs["hr"] * 255 + 0.5) / 255 * 2 - 1
+    operator = operator.fitted(*truth.shape[-2:])
     y = operator.A(truth) + 2 * level * inputs["noise_y"]
     factor = config.get("factor", 1)
     schedule = schedules.rdmd_schedule(config["iterations"], level, config["lambda"], config["tau"], factor)

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ..errors import Cancelled, InputError
+from ..guidance import solvers
 from . import allocator
 
 logger = logging.getLogger(__name__)
@@ -238,6 +239,9 @@ def check_interrupt() -> None:
         _management().throw_exception_if_processing_interrupted()
     elif _Hooks.interrupt is not None and _Hooks.interrupt():
         raise Cancelled("cancelled")
+
+
+solvers.set_interrupt(check_interrupt)  # one call of an operator's inverse takes up to a minute
 
 
 def is_interrupt(error: BaseException) -> bool:

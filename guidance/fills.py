@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .solvers import conjugate_gradients
+from .solvers import check_interrupt, conjugate_gradients
 
 
 def median_fill(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -25,6 +25,7 @@ def median_fill(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         padded = F.pad(filled, (radius,) * 4, value=float("nan"))
         rows, columns = missing.nonzero(as_tuple=True)
         for part in torch.arange(len(rows), device=image.device).split(max(1, 4_000_000 // size**2)):
+            check_interrupt()
             offset = torch.arange(size, device=image.device)
             r = rows[part][:, None, None] + offset[:, None]
             c = columns[part][:, None, None] + offset

@@ -7,6 +7,26 @@ from collections.abc import Callable
 import torch
 
 
+class _Hooks:
+    """Who listens to the loops."""
+
+    interrupt: Callable[[], None] | None = None
+
+
+def set_interrupt(check: Callable[[], None] | None) -> None:
+    """`check` is called before every iteration and raises to end the loop; the host's, as soon as there is a host.
+
+    One for all and no argument: between a node and these loops lie operators and schemes, which know nothing of a host.
+    """
+    _Hooks.interrupt = check
+
+
+def check_interrupt() -> None:
+    """To be called before every iteration of a long loop."""
+    if _Hooks.interrupt is not None:
+        _Hooks.interrupt()
+
+
 def _dot(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Inner product of every two images, [B, 1, 1, 1]."""
     return (p.double() * q.double()).sum(dim=tuple(range(1, p.ndim)), keepdim=True)
@@ -39,6 +59,7 @@ def least_squares(
     for _ in range(iterations):
         if bool((energy <= target).all()):
             break
+        check_interrupt()
         image = apply(direction)
         step = _ratio(energy, _dot(image, image) + eta * _dot(direction, direction))
         x = x + (step * direction).to(y.dtype)
@@ -62,6 +83,7 @@ def conjugate_gradients(
     for _ in range(iterations):
         if bool((energy <= target).all()):
             break
+        check_interrupt()
         image = apply(direction)
         step = _ratio(energy, _dot(direction, image))
         v = v + (step * direction).to(b.dtype)

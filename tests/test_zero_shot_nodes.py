@@ -9,7 +9,7 @@ from comfyui_mend import models
 from comfyui_mend.engine import host, loaded, model_folder, zero_shot
 from comfyui_mend.engine import operator_builders as build
 from comfyui_mend.errors import Cancelled, InputError
-from comfyui_mend.guidance import measurement, operators
+from comfyui_mend.guidance import cm4ir, fills, measurement, operators
 from comfyui_mend.nodes import guidance, measurements, node_classes
 from comfyui_mend.nodes import operators as operator_nodes
 
@@ -219,6 +219,32 @@ def test_a_cancelled_restoration_stops(consistency, small) -> None:
             guidance.ZeroShotRestore.execute(consistency, small)
     finally:
         host.set_hooks()
+
+
+BLURRED = torch.rand(1, 3, 16, 16)
+LONG_LOOPS = {
+    "a pseudo-inverse": lambda blur: measurements.ApplyOperator.execute(blur, BLURRED.movedim(1, -1), "pseudo-inverse"),
+    "a start": lambda blur: cm4ir.start(blur, BLURRED),
+    "one step of a sampler": lambda blur: cm4ir.step(lambda x, *levels: x, blur, BLURRED, BLURRED, 0.5, 0.1, BLURRED),
+    "a proximal step": lambda blur: blur.prox(BLURRED, BLURRED + 1, 1e-4),
+    "a Gram matrix": lambda blur: blur.gram_inverse(BLURRED, 1e-4),
+    "a smooth fill": lambda blur: fills.smooth_fill(BLURRED, (BLURRED[0, 0] > 0.5).float()),
+}
+
+
+@pytest.mark.parametrize("name", LONG_LOOPS)
+def test_a_long_loop_inside_one_step_asks_before_every_iteration_whether_to_stop(name: str) -> None:
+    blur, asked, seen = OPERATORS["blur gaussian reflect"], [], []
+    host.set_hooks(interrupt=lambda: bool(seen.append(1)))
+    try:
+        LONG_LOOPS[name](blur)
+        assert len(seen) > 10
+        host.set_hooks(interrupt=lambda: asked.append(1) or len(asked) == 3)
+        with pytest.raises(Cancelled):
+            LONG_LOOPS[name](blur)
+    finally:
+        host.set_hooks()
+    assert len(asked) == 3
 
 
 def test_progress_counts_evaluations_and_shows_pictures(consistency, small) -> None:

@@ -252,17 +252,24 @@ class ReflectBlur(Iterative):
     def _weights(self, like: torch.Tensor) -> torch.Tensor:
         return self.kernel.to(like)[None, None].expand(like.shape[1], 1, -1, -1).contiguous()
 
-    def A(self, x: torch.Tensor) -> torch.Tensor:
+    def _margins(self, image: torch.Tensor) -> tuple[int, int]:
+        """How far the kernel reaches beyond the image: a mirror shows no more pixels than the image has."""
         k_h, k_w = self.kernel.shape
-        if x.shape[-2] <= k_h // 2 or x.shape[-1] <= k_w // 2:
-            raise InputError(f"image: {x.shape[-1]} x {x.shape[-2]} pixels are too few for a kernel of {k_w} x {k_h}")
-        padded = F.pad(x, (k_w // 2, k_w // 2, k_h // 2, k_h // 2), mode="reflect")
+        if image.shape[-2] <= k_h // 2 or image.shape[-1] <= k_w // 2:
+            raise InputError(
+                f"image: {image.shape[-1]} x {image.shape[-2]} pixels are too few for a kernel of {k_w} x {k_h}"
+            )
+        return k_h // 2, k_w // 2
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        vertical, horizontal = self._margins(x)
+        padded = F.pad(x, (horizontal, horizontal, vertical, vertical), mode="reflect")
         return F.conv2d(padded, self._weights(x), groups=x.shape[1])
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        k_h, k_w = self.kernel.shape
+        vertical, horizontal = self._margins(y)
         spread = F.conv_transpose2d(y, self._weights(y), groups=y.shape[1])
-        return _fold_reflection(_fold_reflection(spread, -2, k_h // 2), -1, k_w // 2)
+        return _fold_reflection(_fold_reflection(spread, -2, vertical), -1, horizontal)
 
 
 def _fold_reflection(x: torch.Tensor, dim: int, margin: int) -> torch.Tensor:

@@ -195,6 +195,8 @@ def test_a_motion_kernel_has_its_length_and_direction() -> None:
         (lambda: ops.Inpainting(torch.ones(4, 4)).A(torch.zeros(1, 3, 5, 4)), "make them the same size"),
         (lambda: filters.ReflectBlur(torch.ones(4, 4)), "sides must be odd"),
         (lambda: filters.ReflectBlur(torch.ones(9, 9)).A(torch.zeros(1, 3, 4, 9)), "too few for a kernel"),
+        (lambda: filters.ReflectBlur(torch.ones(9, 9)).A_adjoint(torch.zeros(1, 3, 4, 9)), "too few for a kernel"),
+        (lambda: filters.ReflectBlur(torch.ones(1, 3)).A_dagger(torch.zeros(1, 3, 1, 1)), "1 x 1 pixels are too few"),
         (lambda: filters.CircularBlur(torch.ones(9, 9)).A(torch.zeros(1, 3, 4, 9)), "larger than the image"),
         (lambda: ops.WalshHadamard(torch.arange(3), 12), "power of two"),
         (lambda: ops.WalshHadamard(torch.arange(3), 8).A_dagger(torch.zeros(1, 3, 8, 8)), "take it from Measure"),

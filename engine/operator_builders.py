@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..guidance import filters, kernels, operators
 from ..guidance.operators import Operator
 from ..guidance.priors import estimate_noise
+from .values import check_image, check_mask
 
 logger = logging.getLogger(__name__)
 _told: set[tuple[int, ...]] = set()
@@ -80,6 +81,7 @@ def kernel_from_picture(image: torch.Tensor, borders: str) -> Operator:
     """The first of [B, C, k_h, k_w] in 0..1 as a blur kernel: its brightness, scaled to sum to one."""
     if borders == "zero":
         raise InputError("borders: a kernel picture works with circular or reflect borders")
+    check_image(image[:1, :3], "kernel")
     kernel = image[0, :3].double().mean(dim=0).cpu()
     if max(kernel.shape) > 255:
         raise InputError(
@@ -115,6 +117,7 @@ class MaskInpainting(operators.Inpainting):
 
 def inpainting(mask: torch.Tensor, scattered: float = 0.0, seed: int = 0) -> Operator:
     """mask [B, H, W]: 1 where the picture is missing. `scattered`: share of further pixels lost at random."""
+    check_mask(mask)
     known = 1 - (mask >= 0.5).float()
     if scattered > 0:
         generator = torch.Generator().manual_seed(seed)

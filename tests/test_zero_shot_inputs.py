@@ -161,6 +161,22 @@ def test_a_kernel_without_a_picture_is_refused() -> None:
         operator_nodes.OperatorBlur.execute(kernel=torch.zeros(0, 5, 5, 3))
 
 
+def test_a_kernel_or_mask_that_cannot_be_computed_with_is_refused_under_its_name() -> None:
+    for value in (float("nan"), float("inf")):
+        for borders in ("circular", "reflect"):
+            kernel = torch.ones(1, 5, 5, 3)
+            kernel[0, 2, 2] = value
+            with pytest.raises(InputError, match="^kernel: 3 values are NaN or infinite"):
+                operator_nodes.OperatorBlur.execute(kernel=kernel, borders=borders)
+        with pytest.raises(InputError, match="^mask: 81 values are NaN or infinite"):
+            operator_nodes.OperatorInpaint.execute(torch.full((1, 9, 9), value))
+    with pytest.raises(InputError, match="^mask: empty.*connect at least one mask"):
+        operator_nodes.OperatorInpaint.execute(torch.zeros(0, 9, 9))
+    with pytest.raises(InputError, match="^mask: expected a batch of masks"):
+        operator_nodes.OperatorInpaint.execute(torch.zeros(1, 1, 9, 9))
+    assert operator_nodes.OperatorInpaint.execute(torch.zeros(9, 9)).result[0].mask.shape == (1, 1, 9, 9)
+
+
 MENUS = [
     (guidance.LoadPrior, "kind", ("mend-prior-starter.safetensors",)),
     (guidance.LoadPrior, "precision", ("mend-prior-starter.safetensors",)),

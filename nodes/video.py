@@ -132,8 +132,11 @@ class RestoreVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, video: str | None, codec: str | None, precision: str | None) -> bool | str:
-        if video not in (None, NO_FILE) and folders.input_path(video) is None:
+    def validate_inputs(
+        cls, video: str | None, codec: str | None, precision: str | None, clip: str | None = "open"
+    ) -> bool | str:
+        # A connected input arrives as None, an open one not at all. The file is not used where a video is connected.
+        if clip is not None and video not in (None, NO_FILE) and folders.input_path(video) is None:
             return f"video: there is no file {video!r} in the input folder"
         return first_problem(one_of("codec", codec, CODECS), one_of("precision", precision, PRECISIONS))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import resource
@@ -16,10 +17,12 @@ from comfyui_mend.engine.journal import Journal, Report, fingerprint, written_wh
 from comfyui_mend.engine.photos import read_photo
 from comfyui_mend.engine.restore_folder import FolderSettings, restore_folder
 from comfyui_mend.engine.restore_video import VideoSettings, restore_video
+from comfyui_mend.engine.validation import validate_prompt
 from comfyui_mend.engine.video import VideoFile, VideoReader, VideoWriter, join, suffix_for
 from comfyui_mend.errors import Cancelled, InputError, MendError, MissingDependency, WorkflowError
 from comfyui_mend.nodes.video import RestoreFolder, RestoreVideo
 
+from .make_workflow import classes
 from .support import local_restorer
 from .video_clips import pan, write_clip
 
@@ -378,8 +381,24 @@ def test_the_video_node_takes_a_file_or_a_connected_video(clip, tmp_path):
     assert again.args[1].endswith("a.mp4") and video.get_components().images.shape == (3, 48, 64, 3)
     with pytest.raises(WorkflowError, match="output folder"):
         RestoreVideo.execute(local_restorer(), "a.mp4", folder="../elsewhere")
-    assert RestoreVideo.validate_inputs("nowhere.mp4", "h264", "auto") is not True
-    assert RestoreVideo.validate_inputs("a.mp4", "h264", "auto") is True
+
+
+def test_the_file_has_to_be_there_only_where_no_video_is_connected(clip, tmp_path):
+    folders.set_folders(inputs=[tmp_path], output=tmp_path / "out")
+    write_clip(tmp_path / "a.mp4", clip[:3])
+    shipped = json.loads((host.PACK / "workflows" / "api" / "restore_video.json").read_text(encoding="utf-8"))
+    known = classes()
+
+    def refused(**inputs) -> set[str]:
+        prompt = copy.deepcopy(shipped) | {"9": {"class_type": "LoadVideo", "inputs": {"file": "a.mp4"}}}
+        prompt["2"]["inputs"].update(inputs)
+        errors = validate_prompt(prompt, known)[3]
+        return {error["details"].split(" - ")[-1] for entry in errors.values() for error in entry["errors"]}
+
+    assert refused(video="a.mp4") == refused(video="none") == set()
+    assert refused(video="nowhere.mp4") == {"video: there is no file 'nowhere.mp4' in the input folder"}
+    assert refused(video="nowhere.mp4", clip=["9", 0]) == set()
+    assert refused(video="nowhere.mp4", clip=["9", 0], codec="x") != set()
 
 
 def test_the_folder_node_reports(place):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +65,7 @@ def restore_video(
     *,
     context: Mapping[str, Any] | None = None,
     again: bool = False,
+    apart: bool = False,
     part: int = 60,
 ) -> VideoResult:
     """Restores a video file into `folder/name.mp4` (.mkv where the sound or the codec asks for it).
@@ -70,7 +73,8 @@ def restore_video(
     Size times the network's scale; sound, time stamps, pixel aspect and colour tags stay; turned upright; subtitles are
     left out. Finished parts of `part` frames lie in `folder/name.parts` until all are there; a run that was interrupted,
     by whatever, goes on behind the last one with the same result. Nothing is done if the result is there already, made
-    with the same settings from the same file, unless `again`. context: as for `tiling.restore`, one for all frames.
+    with the same settings from the same file, unless `again`. What was made from something else is replaced; with `apart` it
+    stays, and the result is called `name_2`, `name_3`... context: as for `tiling.restore`, one for all frames.
     Raises InputError for a file that cannot be read; what was restored before the damage is kept as parts.
     """
     settings, context = settings or VideoSettings(), dict(context or {})
@@ -80,8 +84,9 @@ def restore_video(
     origin = fingerprint(source.getvalue()) if isinstance(source, io.BytesIO) else identity(Path(source))
     made_from = fingerprint(loaded, settings, context, origin)
     with VideoReader(source) as reader:
-        output = folder / f"{name}{suffix_for(reader.info, settings.codec)}"
-        journal = Journal(folder / JOURNAL)
+        suffix, journal = suffix_for(reader.info, settings.codec), Journal(folder / JOURNAL)
+        name = _name_apart(journal, name, suffix, made_from) if apart else name
+        output = folder / f"{name}{suffix}"
         before = journal.find(output.name, made_from)
         if before is not None and output.is_file() and not again:
             return VideoResult(output, before["frames"], before["shots"], skipped=True)
@@ -96,6 +101,26 @@ def restore_video(
     journal.add(output.name, made_from, frames=written, shots=count)
     parts.remove()
     return VideoResult(output, written, count)
+
+
+def _name_apart(journal: Journal, name: str, suffix: str, made_from: str) -> str:
+    """`name`, or the first of `name_2`, `name_3`... that nothing else has; a result made before keeps the name it has."""
+    folder, ours = journal.path.parent, re.compile(re.escape(name) + r"(_\d+)?")
+    for key in journal.entries:
+        stem = key.removesuffix(suffix)
+        if stem != key and ours.fullmatch(stem) and journal.find(key, made_from) and (folder / key).is_file():
+            return stem
+    # Results that are not finished have their names too, so that they can be gone on with.
+    begun = {path.stem: _parts_made_from(path) for path in folder.glob("*.parts")}
+    for stem in sorted(begun):
+        if ours.fullmatch(stem) and made_from in begun[stem]:
+            return stem
+    names = (name if number == 1 else f"{name}_{number}" for number in itertools.count(1))
+    return next(stem for stem in names if not begun.get(stem) and not (folder / f"{stem}{suffix}").exists())
+
+
+def _parts_made_from(folder: Path) -> set[str]:
+    return {str(entry.get("made_from")) for entry in Journal(folder / JOURNAL).entries.values()}
 
 
 class _Parts:

@@ -168,7 +168,7 @@ class RestoreVideo(io.ComfyNode):
         unnamed = isinstance(source, stdlib_io.BytesIO)
         name = f"clip-{journal.fingerprint(source.getvalue())[:8]}" if unnamed else Path(source).stem
         context = _connected(routing=routing, degradation=degradation)
-        made = restore_video(restorer, source, target, name, settings, context=context, again=again)
+        made = restore_video(restorer, source, target, name, settings, context=context, again=again, apart=True)
         text = f"{made.path.name}: {made.frames} frames, {made.shots} shot{'s' * (made.shots != 1)}"
         text += " (was there already)" if made.skipped else ""
         subfolder = made.path.parent.relative_to(folders.output_directory().resolve()).as_posix()

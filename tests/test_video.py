@@ -224,6 +224,45 @@ def test_a_finished_video_is_skipped_until_something_changes(clip, tmp_path):
     assert not skipped()
 
 
+def test_what_was_made_from_something_else_keeps_its_name_and_its_place(clip, tmp_path):
+    network, out, deep = local_restorer(), tmp_path / "out", VideoSettings(codec="lossless", strength=0.5)
+    mp4, mov = write_clip(tmp_path / "a.mp4", clip[:3]), write_clip(tmp_path / "a.mov", clip[:5])
+
+    def made(source, settings=EXACT, **more):
+        result = restore_video(network, source, out, "a", settings, apart=True, **more)
+        return result.path.name, result.frames, result.skipped
+
+    assert made(mp4) == ("a.mkv", 3, False) and made(mp4, deep) == ("a_2.mkv", 3, False)
+    assert made(mov) == ("a_3.mkv", 5, False)
+    first = frames(out / "a.mkv")
+    assert made(mp4, deep) == ("a_2.mkv", 3, True) and made(mov) == ("a_3.mkv", 5, True)
+    assert made(mov, again=True) == ("a_3.mkv", 5, False) and made(mp4) == ("a.mkv", 3, True)
+    (out / "a.mkv").unlink()  # a name that is free again is taken again
+    assert made(mp4) == ("a.mkv", 3, False) and torch.equal(frames(out / "a.mkv"), first)
+    (out / "b.mkv").write_bytes(b"somebody's own")
+    assert restore_video(network, mp4, out, "b", EXACT, apart=True).path.name == "b_2.mkv"
+    assert (out / "b.mkv").read_bytes() == b"somebody's own"
+
+
+def test_an_unfinished_video_is_gone_on_with_whatever_was_made_beside_it(clip, tmp_path):
+    source, network, out = write_clip(tmp_path / "a [1].mp4", clip), local_restorer(), tmp_path / "out"
+
+    def made(settings):
+        return restore_video(network, source, out, "a [1]", settings, apart=True, part=3)
+
+    cancel_after(12)
+    with pytest.raises(Cancelled):
+        made(EXACT)
+    host.set_hooks()
+    kept = list((out / "a [1].parts").glob("*.nut"))
+    assert kept and made(VideoSettings(codec="lossless", strength=0.5)).path.name == "a [1]_2.mkv"
+    assert all(part.is_file() for part in kept)
+    before = len(network.restorer.module.calls)
+    assert made(EXACT).path.name == "a [1].mkv"
+    assert sum(shape[0] for shape in network.restorer.module.calls[before:]) < 10
+    assert list(out.glob("*.parts")) == []
+
+
 def test_a_route_is_decided_once_per_shot(clip, tmp_path, moce, monkeypatch):
     decided = []
     monkeypatch.setattr(
@@ -381,6 +420,16 @@ def test_the_video_node_takes_a_file_or_a_connected_video(clip, tmp_path):
     assert again.args[1].endswith("a.mp4") and video.get_components().images.shape == (3, 48, 64, 3)
     with pytest.raises(WorkflowError, match="output folder"):
         RestoreVideo.execute(local_restorer(), "a.mp4", folder="../elsewhere")
+
+
+def test_two_video_nodes_on_one_video_give_two_files(clip, tmp_path):
+    folders.set_folders(inputs=[tmp_path], output=tmp_path / "out")
+    write_clip(tmp_path / "a.mp4", clip[:3])
+    network = local_restorer()
+    for _ in range(2):
+        results = [RestoreVideo.execute(network, "a.mp4", strength=strength) for strength in (1.0, 0.5)]
+        assert [made.ui["images"][0]["filename"] for made in results] == ["a.mp4", "a_2.mp4"]
+    assert [made.args[2].endswith("(was there already)") for made in results] == [True, True]
 
 
 def test_the_file_has_to_be_there_only_where_no_video_is_connected(clip, tmp_path):

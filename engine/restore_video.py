@@ -66,6 +66,7 @@ def restore_video(
     context: Mapping[str, Any] | None = None,
     again: bool = False,
     apart: bool = False,
+    origin: str | None = None,
     part: int = 60,
 ) -> VideoResult:
     """Restores a video file into `folder/name.mp4` (.mkv where the sound or the codec asks for it).
@@ -75,13 +76,15 @@ def restore_video(
     by whatever, goes on behind the last one with the same result. Nothing is done if the result is there already, made
     with the same settings from the same file, unless `again`. What was made from something else is replaced; with `apart` it
     stays, and the result is called `name_2`, `name_3`... context: as for `tiling.restore`, one for all frames.
+    origin: what the source is known by where its time says nothing, as that of a file written for this run alone.
     Raises InputError for a file that cannot be read; what was restored before the damage is kept as parts.
     """
     settings, context = settings or VideoSettings(), dict(context or {})
     for what, value in context.items():
         if hasattr(value, "__len__") and len(value) != 1:
             raise InputError(f"{what}: made for {len(value)} pictures; a video takes one, held for all frames")
-    origin = fingerprint(source.getvalue()) if isinstance(source, io.BytesIO) else identity(Path(source))
+    if origin is None:
+        origin = fingerprint(source.getvalue()) if isinstance(source, io.BytesIO) else identity(Path(source))
     made_from = fingerprint(loaded, settings, context, origin)
     with VideoReader(source) as reader:
         suffix, journal = suffix_for(reader.info, settings.codec), Journal(folder / JOURNAL)

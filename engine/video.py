@@ -271,6 +271,23 @@ def join(parts: Sequence[Path], source: str | Path | io.BytesIO, output: Path) -
     return count
 
 
+def write_sound(path: Path, waveform: torch.Tensor, rate: int) -> None:
+    """Writes samples [channels, samples] in -1..1 as AAC, which every player takes, into a file without pictures."""
+    av, layouts = _av(), {1: "mono", 2: "stereo", 6: "5.1"}
+    waveform = (waveform if len(waveform) in layouts else waveform[:2]).detach().float().cpu()
+    layout = layouts[len(waveform)]
+    with av.open(str(path), "w") as container:
+        known = av.Codec("aac", "w").audio_rates or (rate,)
+        stream = container.add_stream("aac", rate=rate if rate in known else 48000, layout=layout)
+        stream.bit_rate = 256_000
+        for start in range(0, waveform.shape[1], 65536):
+            samples = np.ascontiguousarray(waveform[:, start : start + 65536].numpy())
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
+            frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
 def _part_packets(av: Any, parts: Sequence[Path], video: Any) -> Iterator[tuple[float, Any]]:
     for part in parts:
         with av.open(str(part)) as container:

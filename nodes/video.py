@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import io as stdlib_io
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from ..engine import folders, journal
 from ..engine.restore_folder import FORMATS, FolderSettings, restore_folder
 from ..engine.restore_video import VideoSettings, restore_video
 from ..engine.stabiliser import TOLERANCE
 from ..engine.video import CODECS, VIDEO_SUFFIXES
+from ..engine.video_wire import Source, readable
 from . import sockets
 from .api import VideoFile, advanced, io, ui
 from .inputs import PRECISIONS, accepted, chosen, fingerprint, first_problem, one_of, tiling_inputs
@@ -89,6 +90,13 @@ def _connected(**given: object) -> dict[str, object]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _source(video: str, clip: Any) -> AbstractContextManager[Source]:
+    if clip is not None:
+        return readable(clip, folders.temp_directory())
+    file = folders.require_input_path(video)
+    return nullcontext(Source(file, file.stem))
+
+
 class RestoreVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -162,13 +170,21 @@ class RestoreVideo(io.ComfyNode):
         routing=None,
         degradation=None,
     ) -> io.NodeOutput:
-        source = folders.require_input_path(video) if clip is None else clip.get_stream_source()
         settings = VideoSettings(hold, stabilise, TOLERANCE, strength, codec, crf, tile, precision)
         target = folders.require_output_directory(folder)
-        unnamed = isinstance(source, stdlib_io.BytesIO)
-        name = f"clip-{journal.fingerprint(source.getvalue())[:8]}" if unnamed else Path(source).stem
         context = _connected(routing=routing, degradation=degradation)
-        made = restore_video(restorer, source, target, name, settings, context=context, again=again, apart=True)
+        with _source(video, clip) as source:
+            made = restore_video(
+                restorer,
+                source.file,
+                target,
+                source.name,
+                settings,
+                context=context,
+                again=again,
+                apart=True,
+                origin=source.origin,
+            )
         text = f"{made.path.name}: {made.frames} frames, {made.shots} shot{'s' * (made.shots != 1)}"
         text += " (was there already)" if made.skipped else ""
         subfolder = made.path.parent.relative_to(folders.output_directory().resolve()).as_posix()

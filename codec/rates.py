@@ -43,7 +43,7 @@ def spread_qualities(count: int) -> list[int]:
     """`count` qualities over the whole range, as the published tests choose them."""
     if count < 1:
         raise InputError(f"qualities: {count}; ask for at least one")
-    return sorted({round(k * (QUALITIES - 1) / max(1, count - 1)) for k in range(count)})
+    return sorted({int(k * (QUALITIES - 1) / max(1, count - 1) + 0.5) for k in range(count)})
 
 
 def codec_curve(

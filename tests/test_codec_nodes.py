@@ -193,6 +193,7 @@ def test_sizes_at_a_fidelity_lie_between_the_measured_ones() -> None:
     assert rates.size_at(curve, 25.0) == pytest.approx(200)
     assert rates.size_at(curve, 31.0) is None and rates.size_at(curve, 30.0) == pytest.approx(400)
     assert rates.spread_qualities(8) == [0, 9, 18, 27, 36, 45, 54, 63]
+    assert rates.spread_qualities(7) == [0, 11, 21, 32, 42, 53, 63]  # halves go up
 
 
 def test_the_command_line_compresses_and_decodes(tmp_path, capsys) -> None:

@@ -201,3 +201,11 @@ def test_the_first_pass_keeps_grey_pictures_grey_and_transparency(network: MRCNe
     assert restored.shape == image.shape and residual.image.shape == (1, 3, 16, 24)
     if channels in (2, 4):
         assert torch.equal(restored[:, -1], image[:, -1])
+
+
+def test_the_keys_stand_in_the_released_order() -> None:
+    with torch.device("meta"):
+        keys = list(models.create("da-rcot", SMALL).state_dict())
+    parts = list(dict.fromkeys(key.split(".")[0] for key in keys))
+    first = parts.index("up3_2")
+    assert parts[first : first + 4] == ["up3_2", "reduce_chan_level2", "resup3_2", "resreduce_chan_level2"]

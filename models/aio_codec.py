@@ -262,6 +262,16 @@ class AllInOneCodec(nn.Module):
             DepthConvBlock(second, 2 * N_ch, True, prior_expansion),
         )
         self.refine = nn.Conv2d(dim, 3, 3, padding=1)
+        self.reset_convolutions()
+
+    @torch.no_grad()
+    def reset_convolutions(self) -> None:
+        """The published initialisation of every convolution: Xavier normal, no offset."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_normal_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def quality_gain(self, side: str, quality: torch.Tensor) -> torch.Tensor:
         """Feature gains [B, 4 d, 1, 1] of the encoder ("enc") or decoder ("dec") for quality indices [B] in 0..63."""

@@ -37,6 +37,16 @@ def codec() -> aio_codec.AllInOneCodec:
     return module
 
 
+def test_every_convolution_starts_as_the_published_ones() -> None:
+    module = models.create("aio-codec", SMALL)
+    convolutions = [m for m in module.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert all(m.bias is None or not m.bias.any() for m in convolutions)
+    for m in convolutions:
+        if m.weight.numel() > 2000:
+            fans = (m.weight.shape[0] + m.weight.shape[1]) * m.weight[0, 0].numel()
+            assert float(m.weight.std()) == pytest.approx((2 / fans) ** 0.5, rel=0.1)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (16, 16), (33, 47), (100, 64)])
 def test_a_picture_of_any_size_comes_back_as_the_network_decodes_it(codec, size) -> None:
     image = torch.rand(3, *size)

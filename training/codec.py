@@ -85,6 +85,10 @@ def start_as_transform(
     of all residual branches are zero, so that they start by adding nothing. The hyper-latent carries the mean size of the
     values around, from which come their scales. weights: lambda at the lowest and the highest quality.
     """
+    # What stays random is inside the branches, whose sizes and step lengths were tuned to PyTorch's smaller start.
+    for module in codec.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
     for name, parameter in codec.named_parameters():
         if name.endswith("bias") or name.endswith((".project_out.weight", ".attn_s.proj.weight", ".conv2.weight")):
             parameter.zero_()

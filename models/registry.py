@@ -48,6 +48,13 @@ _MODULES = (
 )
 
 
+# Methods that sample with a network of another system: which, and the settings that their configurations leave out.
+_BORROWED: Mapping[str, tuple[str, Config]] = {
+    "rdmd": ("guided-diffusion-unet", {}),
+    "cm4ir": ("guided-diffusion-unet", {"wrapper": "karras"}),
+}
+
+
 def _one(config: Config) -> int:
     return 1
 
@@ -160,6 +167,12 @@ def get(architecture_id: str) -> Architecture:
             return architecture
     known = ", ".join(a.id for a in architectures())
     raise ConfigError(f"no network called {architecture_id!r}; known: {known}")
+
+
+def network_of(system: str, config: Config) -> tuple[str, Config]:
+    """The system whose network `system` uses, and the configuration as that system takes it; mostly as given."""
+    lender, settings = _BORROWED.get(system, (system, {}))
+    return lender, {**settings, **config}
 
 
 def find(system: str, config: Config) -> Architecture:

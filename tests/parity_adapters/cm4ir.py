@@ -7,21 +7,14 @@ from types import SimpleNamespace
 import torch
 from parity_adapters import measurement_operators as degradations
 
-from comfyui_mend import models
 from comfyui_mend.guidance import cm4ir, parametrisation, priors, schedules
-
-
-def check_layout(case):
-    return case.check_layout("guided-diffusion-unet", wrapper="karras")
 
 
 def run(case):
     config, inputs = case.config, case.inputs
-    module = models.create("guided-diffusion-unet", {"wrapper": "karras", **config})
-    case.check_manifest(module)
-    module.load_state_dict(case.state_dict())
+    module = case.module()
     inputs |= {n: (inputs[n] >= s["threshold"]).float() for n, s in case.json["inputs"].items() if "threshold" in s}
-    prior = priors.consistency_prior(module.eval().requires_grad_(False), inputs.get("classes"))
+    prior = priors.consistency_prior(module, inputs.get("classes"))
     x_true, sigma_y, zeta = inputs["image"], config["sigma_y"], config["zeta"]
     stand_in = SimpleNamespace(
         config={**config, "operator": config["degradation"]}, inputs={**inputs, "y": inputs["noise_y"]}
@@ -61,6 +54,8 @@ def run(case):
         sigma_y=sigma_y,
         zeta=zeta,
         eta=config["eta"],
+        mu=config.get("mu", 1.0),
+        mu_factor=config.get("mu_factor", 1.0),
         callback=keep,
     )
     return outputs

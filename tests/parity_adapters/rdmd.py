@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from comfyui_mend import models
 from comfyui_mend.guidance import filters, kernels, priors, rdmd, schedules
 
 
@@ -16,16 +15,9 @@ def _operator(config, inputs):
     return filters.ReflectBlur(inputs["kernel"] / inputs["kernel"].sum())
 
 
-def check_layout(case):
-    return case.check_layout("guided-diffusion-unet")
-
-
 def run(case):
     config, inputs = case.config, case.inputs
-    module = models.create("guided-diffusion-unet", config)
-    case.check_manifest(module)
-    module.load_state_dict(case.state_dict())
-    prior = priors.epsilon_prior(module.eval().requires_grad_(False))
+    prior = priors.epsilon_prior(case.module())
     operator, level = _operator(config, inputs), config["noise_level"]
     truth = torch.floor(inputs["hr"] * 255 + 0.5) / 255 * 2 - 1
     operator = operator.fitted(*truth.shape[-2:])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+import torch
 from support import tapped
 
+from comfyui_mend.errors import InputError
 from comfyui_mend.training.objectives.tur import TaskUncertaintyLoss
 
 
@@ -60,7 +62,7 @@ def _train_step(case, module):
         module.E.requires_grad_(False)
     x, target, task = case.inputs["x"], case.inputs["gt"], case.inputs["task"]
     y, uncertainty = module.forward_with_uncertainty(x)
-    report = TaskUncertaintyLoss.released(_setting(case, module, task))(y, target, uncertainty, task)
+    report = _report(_setting(case, module, task), y, target, uncertainty, task)
     report.total.backward()
     parameters, state = dict(module.named_parameters()), module.state_dict()
     outputs = {"y": y, "uncertainty": uncertainty, "total": report.total[None]}
@@ -70,6 +72,24 @@ def _train_step(case, module):
         elif name.startswith("new."):
             outputs[name] = state[name.removeprefix("new.")]
     return outputs
+
+
+def _report(kind, prediction, target, uncertainty, task):
+    """The published loss; the 7-task one leaves samples of an unknown type out."""
+    loss = TaskUncertaintyLoss.released(kind)
+    if kind != "7task":
+        return loss(prediction, target, uncertainty, task)
+    tasks = task.tolist() if isinstance(task, torch.Tensor) else task
+    known = [i for i, name in enumerate(tasks) if _knows(loss, name)]
+    return loss(prediction[known], target[known], uncertainty[known], [tasks[i] for i in known])
+
+
+def _knows(loss, name):
+    try:
+        loss.slots([name])
+    except InputError:
+        return False
+    return True
 
 
 def _setting(case, module, task):
@@ -84,7 +104,7 @@ def _setting(case, module, task):
 def _loss(case):
     prediction, uncertainty = (case.inputs[k].clone().requires_grad_(True) for k in ("pred", "uncertainty"))
     kind = case.config["loss"]
-    report = TaskUncertaintyLoss.released(kind)(prediction, case.inputs["target"], uncertainty, case.inputs["task"])
+    report = _report(kind, prediction, case.inputs["target"], uncertainty, case.inputs["task"])
     report.total.backward()
     # The published 7-task code reports 2 mean(U) under the name of the log term.
     log_term = report.mean_uncertainty * 2 if kind == "7task" else report.log_term

@@ -103,13 +103,18 @@ class Case:
             f"different {[(k, want[k], got[k]) for k in wrong[:5]]}"
         )
 
-    def check_layout(self, network: str = "", **config: Any) -> dict[str, torch.Tensor]:
+    @property
+    def generation(self) -> dict[str, str]:
+        """The setting that tells generations of one network apart, which cases name beside their config."""
+        return {"arch": self.json["arch"]} if self.json.get("arch") else {}
+
+    def check_layout(self, entries: list | None = None, **config: Any) -> dict[str, torch.Tensor]:
         """For a case without outputs: the network has its keys and shapes. No memory is taken for the weights.
 
-        network: its architecture, where the case belongs to a method that samples with it. config: more settings.
+        entries: the part of the state dict that is the network's; all of it if not given. config: more settings.
         """
         with torch.device("meta"):
-            self.check_manifest(models.create(network or self.system, {**config, **self.config}))
+            self.check_manifest(models.create(self.system, {**self.config, **config}), entries)
         return {}
 
     def module(self, **config: Any) -> nn.Module:

@@ -12,6 +12,11 @@ from comfyui_mend.models.layers.padding import crop, pad_to_multiple
 from comfyui_mend.training.objectives.dcpt import dcpt_step, focal_loss
 
 
+def check_layout(case):
+    _choose_by_keys(case)
+    return case.check_layout()
+
+
 def run(case):
     _choose_by_keys(case)
     if "net_g" in case.config:

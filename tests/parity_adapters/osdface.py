@@ -13,8 +13,12 @@ from comfyui_mend.guidance import latent_diffusion as ld
 from comfyui_mend.models import lora_sd
 
 
+def _embedder_entries(case):
+    return [e for e in case.json.get("state_dict", []) if e[0].startswith(("vre.", "embedding_change."))]
+
+
 def _embedder(case):
-    entries = [e for e in case.json["state_dict"] if e[0].startswith(("vre.", "embedding_change."))]
+    entries = _embedder_entries(case)
     module = models.create("osdface", case.config)
     case.check_manifest(module, entries)
     module.load_state_dict(case.state_dict(entries))
@@ -43,7 +47,10 @@ def _colour_fix(case):
 
 
 def check_layout(case):
-    """Every module of the manifest must find a weight, of its shape, in the U-Net that the folder describes."""
+    """The embedder's keys; or, for a LoRA, that its modules find weights of their shapes in the U-Net of the folder."""
+    if not (case.folder / "lora_key_map.json").exists():
+        entries = _embedder_entries(case)
+        return case.check_layout(entries) if entries else {}
     weights = {m["comfy_weight"]: m for m in json.loads((case.folder / "lora_key_map.json").read_text())}
     unet = {name: torch.empty(m["weight_shape"], device="meta") for name, m in weights.items()}
     names = json.loads((case.folder / "unet_diffusers_to_comfy.json").read_text())

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from . import folders, quality
+from . import folders, host, quality
 from .pictures import to_pil
-from .report import match_size, metrics_table
+from .report import matched, metrics_table
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -48,10 +48,12 @@ def data_uri(image: torch.Tensor, jpeg_quality: int = 90, largest: int = 1600) -
 def figures(before: torch.Tensor, after: torch.Tensor, reference: torch.Tensor | None = None) -> str:
     """Noise and blur before and after; with a reference also how close both are to it. A few lines of text."""
     lines = []
-    for name, pictures in (("before", before), ("after", after)):
+    for part, (name, pictures) in enumerate((("before", before), ("after", after))):
         if reference is not None:
-            lines.append(f"{name}, against the reference:\n{metrics_table(pictures, reference)[0]}")
-        lines.append(f"{name}, alone (noise of 0..255, blur of 0..1):\n{quality.table(pictures)[0]}")
+            with host.part_of_progress(2 * part, 4):
+                lines.append(f"{name}, against the reference:\n{metrics_table(pictures, reference)[0]}")
+        with host.part_of_progress(2 * part + 1, 4):
+            lines.append(f"{name}, alone (noise of 0..255, blur of 0..1):\n{quality.table(pictures)[0]}")
     return "\n".join(lines)
 
 
@@ -77,13 +79,15 @@ def page(
 
     Loads nothing from anywhere and runs only its own few lines of script; all text is escaped.
     """
-    before = match_size(before.float(), after).expand(len(after), -1, -1, -1)
-    size = f"{after.shape[-1]} x {after.shape[-2]}"
-    figures = "\n".join(
-        _figure(before[i], after[i], f"Picture {i + 1} of {len(after)}, {size}", jpeg_quality, largest)
-        for i in range(len(after))
-    )
-    shown = [f'<img src="{data_uri(p, jpeg_quality, largest)}" alt="Map {i + 1}">' for i, p in enumerate(_flat(extras))]
+    size, pictures = f"{after.shape[-1]} x {after.shape[-2]}", _flat(extras)
+    found, shown, progress = [], [], host.progress(len(after) + len(pictures))
+    for i, (first, second) in enumerate(zip(matched(before, after, len(after)), after, strict=True)):
+        found.append(_figure(first[0], second, f"Picture {i + 1} of {len(after)}, {size}", jpeg_quality, largest))
+        progress.update()
+    for i, picture in enumerate(pictures):
+        shown.append(f'<img src="{data_uri(picture, jpeg_quality, largest)}" alt="Map {i + 1}">')
+        progress.update()
+    figures = "\n".join(found)
     maps = f'<h2>Maps</h2>\n<div class="extras">{"".join(shown)}</div>' if shown else ""
     words = "\n".join(f"<h2>{html.escape(name)}</h2>\n<pre>{html.escape(lines)}</pre>" for name, lines in text if lines)
     return f"""<!doctype html>

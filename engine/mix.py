@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
 from ..errors import InputError
-from .report import match_size
-from .values import check_mask, check_values, clamped
+from . import host
+from .report import matched
+from .values import as_batch, ceiling, check_mask, check_values
 
 
 def low_frequencies(image: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -66,30 +69,51 @@ def mix(
         raise InputError(f"bands: {bands!r} is not one of {', '.join(FILTERS)}")
     check_values(original, "original")
     check_values(restored, "restored")
-    channels = min(original.shape[1], restored.shape[1])
-    if len(original) not in (1, len(restored)):
-        raise InputError(f"original: {len(original)} pictures, but restored has {len(restored)}")
-    base, result = match_size(original[:, :channels].float(), restored), restored[:, :channels].float()
-    change = result - base
+    channels, count = min(original.shape[1], restored.shape[1]), len(restored)
+    if len(original) not in (1, count):
+        raise InputError(f"original: {len(original)} pictures, but restored has {count}")
+    if mask is not None:
+        check_mask(mask)
+        if len(mask) not in (1, count):
+            raise InputError(f"mask: {len(mask)} masks for {count} pictures; use one, or one per picture")
+    if count == 0:
+        return restored.float()
+    most = ceiling(original, restored)
+
+    def mixed() -> Iterator[torch.Tensor]:
+        bases = matched(original[:, :channels], restored, count)
+        for index, (base, picture) in enumerate(zip(bases, restored.split(1), strict=True)):
+            result = picture[:, :channels].float()
+            change = _weighed(result - base, result, structure, detail, split, colour_anchor, bands)
+            weight: torch.Tensor | float = strength
+            if mask is not None:
+                own = mask[index if len(mask) > 1 else 0].float()[None, None]
+                scaled = F.interpolate(own, size=result.shape[-2:], mode="bilinear", align_corners=False)
+                weight = strength * scaled.clamp(0, 1).to(result.device)
+            whole = torch.cat([base + weight * change, picture[:, channels:].float()], dim=1)
+            host.check_interrupt()  # no bar of its own: restoring a video mixes within one
+            yield whole[0].clamp_(0.0, most)
+
+    return as_batch(mixed(), count)
+
+
+def _weighed(
+    change: torch.Tensor,
+    result: torch.Tensor,
+    structure: float,
+    detail: float,
+    split: float,
+    colour_anchor: float,
+    bands: str,
+) -> torch.Tensor:
+    """What of a change [1, C, H, W] that led to `result` is wanted, as `mix` says."""
     if colour_anchor > 0:
         sigma = max(2.0, max(change.shape[-2:]) / 30)
         change = change - colour_anchor * low_frequencies(change, sigma)
-    if structure != detail:
-        if bands == "guided":
-            low = guided_low_frequencies(change, result.mean(dim=1, keepdim=True), max(0.3, split))
-        else:
-            low = low_frequencies(change, max(0.3, split))
-        change = structure * low + detail * (change - low)
+    if structure == detail:
+        return change * structure
+    if bands == "guided":
+        low = guided_low_frequencies(change, result.mean(dim=1, keepdim=True), max(0.3, split))
     else:
-        change = change * structure
-    weight: torch.Tensor | float = strength
-    if mask is not None:
-        check_mask(mask)
-        if len(mask) not in (1, len(result)):
-            raise InputError(f"mask: {len(mask)} masks for {len(result)} pictures; use one, or one per picture")
-        scaled = F.interpolate(mask[:, None].float(), size=result.shape[-2:], mode="bilinear", align_corners=False)
-        weight = strength * scaled.clamp(0, 1).to(result.device)
-    mixed = base + weight * change
-    if restored.shape[1] > channels:
-        mixed = torch.cat([mixed, restored[:, channels:].float()], dim=1)
-    return clamped(mixed, original, restored)
+        low = low_frequencies(change, max(0.3, split))
+    return structure * low + detail * (change - low)

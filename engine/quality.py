@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import InputError, MissingDependency
+from . import host
 
 GAUSSIAN_MEDIAN = 0.6745
 """Median of |x| for a standard normal x."""
@@ -58,16 +59,21 @@ def blur(image: torch.Tensor) -> list[float]:
     return torch.stack(found).amax(dim=0).tolist() if found else [0.0] * len(image)
 
 
-def learned(image: torch.Tensor, name: str) -> list[float]:
+def learned(image: torch.Tensor, name: str, tell: Callable[[], None] | None = None) -> list[float]:
     """A measure of the package pyiqa ("niqe", "musiq", "clipiqa" ...) for each picture of [B, 1..4, H, W].
 
-    Never downloads: raises MissingDependency without the package or its weights, InputError for an unknown name or one
+    tell is called after each. Never downloads: raises MissingDependency without the package or its weights, InputError for an unknown name or one
     that needs a reference.
     """
     colour = image[:, :1].expand(-1, 3, -1, -1) if image.shape[1] < 3 else image[:, :3]
+    found = []
     with torch.inference_mode(False), torch.no_grad():
         measure = _measure(name)
-        return [float(measure(picture.clone())) for picture in colour.float().clamp(0, 1).split(1)]
+        for picture in colour.split(1):
+            found.append(float(measure(picture.float().clone().clamp_(0, 1))))
+            if tell is not None:
+                tell()
+    return found
 
 
 @lru_cache(maxsize=4)
@@ -115,6 +121,13 @@ def offline(what: str) -> Iterator[None]:
 def table(image: torch.Tensor, names: Sequence[str] = ()) -> tuple[str, dict[str, float]]:
     """Figures of [B, C, H, W] without a reference: a line of text a picture, and the means by name."""
     colour = image[:, : 3 if image.shape[1] >= 3 else 1]
-    columns = {"noise": noise_level(colour), "blur": blur(colour), **{name: learned(image, name) for name in names}}
+    columns: dict[str, list[float]] = {"noise": [], "blur": []}
+    progress = host.progress(len(image) * (1 + len(names)))
+    for picture in colour.split(1):
+        columns["noise"] += noise_level(picture)
+        columns["blur"] += blur(picture)
+        progress.update()
+    for name in names:
+        columns[name] = learned(image, name, progress.update)
     lines = [f"picture {i}: " + ", ".join(f"{n} {v[i]:.4g}" for n, v in columns.items()) for i in range(len(image))]
     return "\n".join(lines), {name: math.fsum(v) / len(v) for name, v in columns.items()}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -13,9 +15,10 @@ from PIL import Image
 
 from ..errors import InputError, MissingDependency
 from ..models.moce_ir import Routing
+from . import host
 from .pictures import difference_map, from_pil, heat_map, labelled, to_pil
 from .quality import offline
-from .values import clamped
+from .values import as_batch, ceiling
 
 
 def match_size(image: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -23,22 +26,35 @@ def match_size(image: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
     Raises InputError for pictures without pixels.
     """
-    if image.shape[-2:] == like.shape[-2:]:
-        return image
+    return image if image.shape[-2:] == like.shape[-2:] else _resized(image, like, ceiling(image))
+
+
+def matched(images: torch.Tensor, like: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+    """`match_size` of a batch picture by picture, [1, C, H, W] in float32 each; a single one `count` times."""
+    if len(images) == 1:
+        yield from repeat(match_size(images.float(), like), count)
+    elif images.shape[-2:] == like.shape[-2:]:
+        yield from (picture.float() for picture in images.split(1))
+    else:
+        most = ceiling(images)
+        yield from (_resized(picture.float(), like, most) for picture in images.split(1))
+
+
+def _resized(image: torch.Tensor, like: torch.Tensor, most: float | None) -> torch.Tensor:
     if 0 in (*image.shape[-2:], *like.shape[-2:]):
         sizes = " and ".join(f"{width} x {height}" for height, width in (image.shape[-2:], like.shape[-2:]))
         raise InputError(f"image: {sizes} pixels cannot be brought to one size; connect pictures that are not empty")
-    return clamped(F.interpolate(image, size=like.shape[-2:], mode="bicubic", antialias=True), image)
+    return F.interpolate(image, size=like.shape[-2:], mode="bicubic", antialias=True).clamp_(0.0, most)
 
 
-def same_batch(images: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Repeats batches of one to the largest batch. Raises InputError if the others differ."""
+def batch_size(images: list[torch.Tensor]) -> int:
+    """How many pictures the largest batch has. Raises InputError if others are not as large, nor of one picture."""
     batch = max(len(i) for i in images)
     if any(len(i) not in (1, batch) for i in images):
         raise InputError(
             f"images: batches of {', '.join(str(len(i)) for i in images)} cannot be compared picture by picture"
         )
-    return [i.expand(batch, *i.shape[1:]) for i in images]
+    return batch
 
 
 def rgb(image: torch.Tensor) -> torch.Tensor:
@@ -61,18 +77,21 @@ def compare(
     |picture - last picture| times `gain` for each picture but the last.
     """
     largest = max(images, key=lambda i: i.shape[-1] * i.shape[-2])
-    images = same_batch([rgb(match_size(i.float(), largest)) for i in images])
-    sheets = []
-    for index in range(len(images[0])):
-        shown = [i[index] for i in images]
-        names = list(labels)
-        if difference:
-            shown += [difference_map(i, shown[-1], gain) for i in shown[:-1]]
-            names += [f"|{n} - {labels[-1]}| x{gain:g}" for n in labels[:-1]]
-        shown = [_magnify(i, zoom, centre) for i in shown]
-        columns = len(labels) if difference else len(shown)
-        sheets.append(from_pil(labelled([to_pil(i) for i in shown], names, columns)))
-    return torch.stack(sheets)
+    count = batch_size(images)
+    progress = host.progress(count)
+
+    def sheets() -> Iterator[torch.Tensor]:
+        for pictures in zip(*(matched(i, largest, count) for i in images), strict=True):
+            shown, names = [rgb(i)[0] for i in pictures], list(labels)
+            if difference:
+                shown += [difference_map(i, shown[-1], gain) for i in shown[:-1]]
+                names += [f"|{n} - {labels[-1]}| x{gain:g}" for n in labels[:-1]]
+            shown = [_magnify(i, zoom, centre) for i in shown]
+            columns = len(labels) if difference else len(shown)
+            yield from_pil(labelled([to_pil(i) for i in shown], names, columns))
+            progress.update()
+
+    return as_batch(sheets(), count)
 
 
 def _magnify(image: torch.Tensor, zoom: float, centre: tuple[float, float]) -> torch.Tensor:
@@ -87,8 +106,9 @@ def _magnify(image: torch.Tensor, zoom: float, centre: tuple[float, float]) -> t
 
 def psnr(image: torch.Tensor, reference: torch.Tensor) -> list[float]:
     """Peak signal-to-noise ratio in dB per picture, RGB, peak 1; infinite for equal pictures."""
-    error = (image.double() - reference.double()).square().mean(dim=(1, 2, 3))
-    return [math.inf if e == 0 else -10 * math.log10(e) for e in error.tolist()]
+    pairs = zip(image, reference, strict=True)
+    errors = [float((a.double() - b.double()).square().mean()) for a, b in pairs]
+    return [math.inf if e == 0 else -10 * math.log10(e) for e in errors]
 
 
 def ssim(image: torch.Tensor, reference: torch.Tensor) -> list[float]:
@@ -97,8 +117,13 @@ def ssim(image: torch.Tensor, reference: torch.Tensor) -> list[float]:
         raise InputError("images: SSIM needs at least 11 x 11 pixels")
     from kornia.metrics import ssim as ssim_map
 
-    values = ssim_map(image.float(), reference.float(), window_size=11, padding="valid")
-    return values.mean(dim=(1, 2, 3)).tolist()
+    found = []
+    for a, b in zip(image, reference, strict=True):  # the filtered ones on the way are many times as large as one
+        pair = (
+            x[None].float().contiguous() for x in (a, b)
+        )  # the channels of an IMAGE are interleaved: slow to filter
+        found.append(float(ssim_map(*pair, window_size=11, padding="valid").mean()))
+    return found
 
 
 @lru_cache(maxsize=2)
@@ -123,15 +148,22 @@ def metrics_table(
     image: torch.Tensor, reference: torch.Tensor, with_lpips: bool = False
 ) -> tuple[str, dict[str, float]]:
     """PSNR and SSIM (and LPIPS) per picture as text, and their means. The image is scaled to the reference."""
-    image, reference = same_batch([rgb(match_size(image, reference)), rgb(reference)])
-    columns = {"PSNR dB": psnr(image, reference)}
-    if min(image.shape[-2:]) >= 11:
-        columns["SSIM"] = ssim(image, reference)
+    measures = {"PSNR dB": psnr}
+    if min(reference.shape[-2:]) >= 11:
+        measures["SSIM"] = ssim
     if with_lpips:
-        columns["LPIPS"] = lpips_distance(image, reference)
-    lines = [f"picture {i}: " + ", ".join(f"{n} {v[i]:.4g}" for n, v in columns.items()) for i in range(len(image))]
+        measures["LPIPS"] = lpips_distance
+    count = batch_size([image, reference])
+    columns: dict[str, list[float]] = {name: [] for name in measures}
+    progress = host.progress(count)
+    for pair in zip(matched(image, reference, count), matched(reference, reference, count), strict=True):
+        one, clean = (rgb(picture) for picture in pair)
+        for name, measure in measures.items():
+            columns[name] += measure(one, clean)
+        progress.update()
+    lines = [f"picture {i}: " + ", ".join(f"{n} {v[i]:.4g}" for n, v in columns.items()) for i in range(count)]
     means = {name: sum(v) / len(v) for name, v in columns.items()}
-    if len(image) > 1:
+    if count > 1:
         lines.append("mean: " + ", ".join(f"{n} {v:.4g}" for n, v in means.items()))
     return "\n".join(lines), means
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from ..errors import InputError
@@ -20,20 +22,29 @@ def check_image(image: torch.Tensor, name: str = "image") -> None:
 
 
 def check_values(image: torch.Tensor, name: str = "image") -> None:
-    """Raises InputError for values that are NaN, infinite or beyond `LARGEST`. An empty batch passes."""
-    bad = int((~torch.isfinite(image)).sum())
-    if not bad and bool((image.abs() <= LARGEST).all()):
+    """Raises InputError for values that are NaN, infinite or beyond `LARGEST`. An empty batch passes.
+
+    One picture after another: what is made for it on the way is as large as one, not as the batch.
+    """
+    if all(_is_usable(picture) for picture in image):
         return
-    if bad:
+    if bad := sum(int((~torch.isfinite(picture)).sum()) for picture in image):
         raise InputError(
             f"{name}: {bad} values are NaN or infinite; the node before this one failed (often half precision in a "
             "VAE: try its fp32 option)"
         )
-    large = int((image.abs() > LARGEST).sum())
+    large = sum(int((picture.abs() > LARGEST).sum()) for picture in image)
     raise InputError(
         f"{name}: {large} values are beyond {LARGEST:g}, but white is 1; the node before this one failed, or the "
         "picture has another scale: divide it so that white is 1"
     )
+
+
+def _is_usable(picture: torch.Tensor) -> bool:
+    if picture.numel() == 0:
+        return True
+    low, high = (float(end) for end in torch.aminmax(picture))
+    return -LARGEST <= low and high <= LARGEST  # NaN is neither
 
 
 def check_mask(mask: torch.Tensor, name: str = "mask") -> None:
@@ -47,5 +58,26 @@ def check_mask(mask: torch.Tensor, name: str = "mask") -> None:
 
 def clamped(result: torch.Tensor, *pictures: torch.Tensor) -> torch.Tensor:
     """`result`, cut in place to 0..1; values above white stay if one of the `pictures` that it was made from has some."""
-    bright = any(picture.numel() > 0 and float(picture.max()) > 1.0 for picture in pictures)
-    return result.clamp_(0.0, None if bright else 1.0)
+    return result.clamp_(0.0, ceiling(*pictures))
+
+
+def ceiling(*pictures: torch.Tensor) -> float | None:
+    """To what results made from these batches are cut: 1, or None if one of them has values above white."""
+    bright = any(one.numel() > 0 and float(one.max()) > 1.0 for batch in pictures for one in batch)
+    return None if bright else 1.0
+
+
+def as_batch(pictures: Iterable[torch.Tensor], count: int) -> torch.Tensor:
+    """`count` pictures [C, H, W] of one size as [B, C, H, W], in memory as ComfyUI's IMAGE lies there.
+
+    Each may be freed when the next is made, and no copy of the batch is made, here or where it goes onto the graph.
+    """
+    batch: torch.Tensor | None = None
+    for index, picture in enumerate(pictures):
+        if batch is None:
+            channels, height, width = picture.shape
+            batch = picture.new_empty(count, height, width, channels).movedim(-1, 1)
+        batch[index] = picture
+    if batch is None:
+        raise ValueError("no pictures")
+    return batch

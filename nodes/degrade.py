@@ -96,7 +96,8 @@ class DegradeImage(io.ComfyNode):
         check_values(picture)
         colours = picture.shape[1] - (picture.shape[1] in (2, 4))  # what comes after the colours is transparency
         host.check_interrupt()
-        damaged, done = degrade(picture[:, :colours], chain, seed)
+        progress = host.progress(len(picture) * len(chain))
+        damaged, done = degrade(picture[:, :colours], chain, seed, tell=progress.update)
         return io.NodeOutput(as_image(torch.cat([damaged, picture[:, colours:]], dim=1)), describe(done))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..engine import describe, folders, html_report, quality, report
+from ..engine import describe, folders, host, html_report, quality, report
 from . import sockets
 from .api import advanced, io, ui
 from .images import as_image, channels_first
@@ -137,8 +137,10 @@ class ImageMetrics(io.ComfyNode):
     @classmethod
     def execute(cls, image, reference, lpips=False, measures="") -> io.NodeOutput:
         pictures = channels_first(image)
-        text, means = report.metrics_table(pictures, channels_first(reference), lpips)
-        alone, own = quality.table(pictures, [name.strip() for name in measures.split(",") if name.strip()])
+        with host.part_of_progress(0, 2):
+            text, means = report.metrics_table(pictures, channels_first(reference), lpips)
+        with host.part_of_progress(1, 2):
+            alone, own = quality.table(pictures, [name.strip() for name in measures.split(",") if name.strip()])
         text = f"{text}\nwithout the reference:\n{alone}"
         return io.NodeOutput(text, means["PSNR dB"], means.get("SSIM", 0.0), own["noise"], own["blur"])
 
@@ -221,19 +223,22 @@ class ReportPage(io.ComfyNode):
     ) -> io.NodeOutput:
         first, second = channels_first(before), channels_first(after)
         clean = None if reference is None else channels_first(reference)
-        page = html_report.page(
-            first,
-            second,
-            title=title,
-            text=[
-                ("Figures", html_report.figures(first, second, clean)),
-                ("Notes", text or ""),
-                ("Network", "" if restorer is None else describe.restorer_text(restorer)),
-            ],
-            extras=[channels_first(m) for m in (maps, more_maps) if m is not None],
-            jpeg_quality=quality,
-            largest=largest,
-        )
+        with host.part_of_progress(0, 2):
+            figures = html_report.figures(first, second, clean)
+        with host.part_of_progress(1, 2):
+            page = html_report.page(
+                first,
+                second,
+                title=title,
+                text=[
+                    ("Figures", figures),
+                    ("Notes", text or ""),
+                    ("Network", "" if restorer is None else describe.restorer_text(restorer)),
+                ],
+                extras=[channels_first(m) for m in (maps, more_maps) if m is not None],
+                jpeg_quality=quality,
+                largest=largest,
+            )
         saved = html_report.save(page, filename_prefix, folders.output_directory())
         return io.NodeOutput(str(saved), ui=ui.PreviewText(f"{saved.name}: {saved.stat().st_size / 1e3:,.0f} kB"))
 

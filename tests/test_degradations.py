@@ -138,3 +138,11 @@ def test_the_node_keeps_transparency_and_obeys_a_recipe():
     assert "fog" in DegradeImage.validate_inputs("fog") and DegradeImage.validate_inputs("") is True
     untouched, text = DegradeImage.execute(image, degradation="none").args
     assert torch.equal(untouched, image) and text == "nothing"
+
+
+@pytest.mark.parametrize("kind", d.KINDS)
+def test_telling_how_far_it_is_changes_no_picture_of_a_batch(kind) -> None:
+    batch, chain, told = torch.rand(3, 3, 33, 47), [d.Degradation(kind), d.Degradation("noise")], []
+    whole = d.degrade(batch, chain, 5)[0]
+    torch.testing.assert_close(d.degrade(batch, chain, 5, tell=told.append)[0], whole, atol=1e-6, rtol=0)
+    assert sum(told) == 2 * len(batch)

@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 
-from comfyui_mend.engine import alpha, mix, report
-from comfyui_mend.errors import InputError
+from comfyui_mend.engine import alpha, folders, host, mix, report
+from comfyui_mend.errors import Cancelled, InputError
+from comfyui_mend.nodes.degrade import DegradeImage
+from comfyui_mend.nodes.inspect import CompareImages, ImageMetrics, ReportPage
+from comfyui_mend.nodes.restore import RestorationMix
 
 
 def test_strength_runs_from_the_original_to_the_restoration() -> None:
@@ -111,3 +114,39 @@ def test_colours_under_transparency_come_from_around_in_a_picture_of_any_shape(s
 def test_an_unknown_choice_of_bands_is_named() -> None:
     with pytest.raises(InputError, match="bands: 'nonsense' is not one of Gaussian, guided"):
         mix.mix(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8), bands="nonsense")
+
+
+LOOKING = {
+    "compare": lambda x: CompareImages.execute(x, x, difference=True),
+    "metrics": lambda x: ImageMetrics.execute(x, x),
+    "report": lambda x: ReportPage.execute(x, x, reference=x),
+    "mix": lambda x: RestorationMix.execute(x, 1 - x, structure=0.5, bands="guided"),
+    "degrade": lambda x: DegradeImage.execute(x, "defocus", second="jpeg"),
+}
+
+
+@pytest.mark.parametrize("use", LOOKING)
+def test_cancel_stops_between_the_pictures_of_a_batch(use: str, tmp_path) -> None:
+    folders.set_folders(output=tmp_path)
+    asked: list[int] = []
+    host.set_hooks(interrupt=lambda: bool(asked.append(1)) or len(asked) > 3)
+    try:
+        with pytest.raises(Cancelled):
+            LOOKING[use](torch.rand(5, 32, 32, 3))
+    finally:
+        host.set_hooks()
+    assert len(asked) == 4
+
+
+def test_pictures_of_a_batch_come_out_as_alone_but_share_what_is_above_white() -> None:
+    dark, bright = torch.rand(1, 3, 20, 30), 3 * torch.rand(1, 3, 20, 30) + 1
+    batch = torch.cat([dark, bright])
+    larger = torch.nn.functional.interpolate(batch, scale_factor=2)
+    mixed = mix.mix(batch, larger, strength=2.0, structure=0.5, mask=torch.ones(2, 5, 5))
+    wanted = mix.mix(batch[1:], larger[1:], strength=2.0, structure=0.5)
+    torch.testing.assert_close(mixed[1:], wanted)
+    alone = mix.mix(dark, larger[:1], strength=2.0, structure=0.5)
+    assert alone.max() == 1 < mixed[0].max()
+    sheets = report.compare([batch, larger], ["a", "b"], difference=True)
+    torch.testing.assert_close(sheets[1:], report.compare([batch[1:], larger[1:]], ["a", "b"], difference=True))
+    assert sheets.movedim(1, -1).is_contiguous() and mixed.movedim(1, -1).is_contiguous()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -291,15 +291,26 @@ def jpeg_differentiable(image: torch.Tensor, quality: float) -> torch.Tensor:
 Parameters = dict[str, Any]
 Draw = Callable[[float, Generator | None], Parameters]
 Apply = Callable[[torch.Tensor, Parameters, Generator | None], torch.Tensor]
+Tell = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of damage: how its parameters are drawn at a strength, and how it is applied."""
+    """One kind of damage: how its parameters are drawn at a strength, and how it is applied.
+
+    drawn: whether applying draws too. Such a kind takes the batch at once, so that a seed means the same forever; the
+    others may take one picture after another.
+    """
 
     title: str
     draw: Draw
     apply: Apply
+    drawn: bool = True
+
+    def parts(self, image: torch.Tensor, parameters: Parameters, generator: Generator | None) -> Iterator[torch.Tensor]:
+        """The damaged batch in parts, each made when it is asked for."""
+        for part in (image,) if self.drawn else image.split(1):
+            yield self.apply(part, parameters, generator)
 
 
 def _draw_noise(strength: float, g: Generator | None) -> Parameters:
@@ -416,10 +427,12 @@ KINDS: dict[str, Kind] = {
         lambda x, p, g: gaussian_noise(x, _channels(p["sigma"], x.shape[1]), g),
     ),
     "poisson": Kind("shot noise", _draw_poisson, lambda x, p, g: poisson_noise(x, p["photons"], g)),
-    "blur": Kind("Gaussian blur", _draw_blur, lambda x, p, g: gaussian_blur(x, p["sigma"])),
-    "motion-blur": Kind("motion blur", _draw_motion, lambda x, p, g: motion_blur(x, p["length"], p["angle"])),
-    "defocus": Kind("out of focus", _draw_defocus, lambda x, p, g: defocus_blur(x, p["radius"])),
-    "downsample": Kind("low resolution", _draw_downsample, lambda x, p, g: downsample(x, p["factor"])),
+    "blur": Kind("Gaussian blur", _draw_blur, lambda x, p, g: gaussian_blur(x, p["sigma"]), drawn=False),
+    "motion-blur": Kind(
+        "motion blur", _draw_motion, lambda x, p, g: motion_blur(x, p["length"], p["angle"]), drawn=False
+    ),
+    "defocus": Kind("out of focus", _draw_defocus, lambda x, p, g: defocus_blur(x, p["radius"]), drawn=False),
+    "downsample": Kind("low resolution", _draw_downsample, lambda x, p, g: downsample(x, p["factor"]), drawn=False),
     "rain": Kind("rain streaks", _draw_rain, _apply_rain),
     "raindrops": Kind(
         "drops on the window", _draw_raindrops, lambda x, p, g: raindrops(x, p["count"], p["radius"], p["blur"], g)
@@ -431,7 +444,7 @@ KINDS: dict[str, Kind] = {
     ),
     "haze": Kind("haze", _draw_haze, _apply_haze),
     "low-light": Kind("too dark", _draw_low_light, lambda x, p, g: low_light(x, p["gamma"], p["gain"], p["sigma"], g)),
-    "jpeg": Kind("JPEG artefacts", _draw_jpeg, lambda x, p, g: jpeg(x, p["quality"])),
+    "jpeg": Kind("JPEG artefacts", _draw_jpeg, lambda x, p, g: jpeg(x, p["quality"]), drawn=False),
 }
 
 
@@ -453,26 +466,34 @@ class Degradation:
         if unknown:
             raise InputError(f"degradation {self.kind}: no parameter called {', '.join(sorted(unknown))}")
 
-    def __call__(self, image: torch.Tensor, generator: Generator | None = None) -> tuple[torch.Tensor, Parameters]:
-        """The damaged image (not clamped), and the parameters it was damaged with."""
+    def __call__(
+        self, image: torch.Tensor, generator: Generator | None = None, tell: Tell | None = None
+    ) -> tuple[torch.Tensor, Parameters]:
+        """The damaged image (not clamped), and the parameters it was damaged with. tell: called with pictures done."""
         if self.strength == 0 and not self.parameters:
             return image, {}
         kind = KINDS[self.kind]
         parameters = {**kind.draw(self.strength, generator), **self.parameters}
-        return kind.apply(image, parameters, generator), parameters
+        if tell is None:
+            return kind.apply(image, parameters, generator), parameters
+        parts = []
+        for part in kind.parts(image, parameters, generator):
+            parts.append(part)
+            tell(len(part))
+        return torch.cat(parts) if len(parts) > 1 else parts[0], parameters
 
 
 def degrade(
-    image: torch.Tensor, chain: Sequence[Degradation], seed: int, clamp: bool = True
+    image: torch.Tensor, chain: Sequence[Degradation], seed: int, clamp: bool = True, tell: Tell | None = None
 ) -> tuple[torch.Tensor, list[tuple[str, Parameters]]]:
     """Applies `chain` in order to `image` [B, C, H, W]; returns the result (in 0..1 if `clamp`) and what was done.
 
-    Equal seeds give equal pictures on every device.
+    Equal seeds give equal pictures on every device. tell: called with how many pictures another degradation has done.
     """
     generator = torch.Generator().manual_seed(seed)
     done = []
     for degradation in chain:
-        image, parameters = degradation(image, generator)
+        image, parameters = degradation(image, generator, tell)
         done.append((degradation.kind, parameters))
     return image.clamp(0, 1) if clamp else image, done
 

@@ -8,7 +8,7 @@ from ..errors import InputError
 from ..guidance import colour_fix
 from . import host
 from .report import match_size
-from .values import check_values, clamped
+from .values import check_image, clamped
 
 METHODS = ("wavelet", "statistics")
 
@@ -20,10 +20,10 @@ def fix_colours(
 
     wavelet: low frequencies after `levels` doublings; statistics: mean and spread per channel. Clamped to 0..1, or to 0
     and up for pictures with values above white. Raises InputError for a reference with another number of pictures or
-    channels, values that are not finite, and an unknown method.
+    channels, pictures that are empty or not finite, and an unknown method.
     """
-    check_values(image)
-    check_values(reference, "reference")
+    check_image(image)
+    check_image(reference, "reference")
     colours = 3 if image.shape[1] >= 3 else 1
     if len(reference) not in (1, len(image)):
         raise InputError(f"reference: {len(reference)} pictures for {len(image)}; use one, or one per picture")

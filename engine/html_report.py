@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from ..errors import InputError
 from . import folders, host, quality
 from .pictures import to_pil
 from .report import matched, metrics_table
+from .values import check_image, check_values
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -45,8 +47,26 @@ def data_uri(image: torch.Tensor, jpeg_quality: int = 90, largest: int = 1600) -
     return "data:image/jpeg;base64," + base64.b64encode(stored.getvalue()).decode("ascii")
 
 
+def _check(before: torch.Tensor, after: torch.Tensor, reference: torch.Tensor | None = None) -> None:
+    check_image(before, "before")
+    check_image(after, "after")
+    if len(before) not in (1, len(after)):
+        raise InputError(f"before: {len(before)} pictures, but after has {len(after)}; use one, or one per picture")
+    if reference is None:
+        return
+    check_image(reference, "reference")
+    if len(reference) > 1 and {len(before), len(after)} - {1, len(reference)}:
+        raise InputError(
+            f"reference: {len(reference)} pictures, but after has {len(after)}; use one, or one per picture"
+        )
+
+
 def figures(before: torch.Tensor, after: torch.Tensor, reference: torch.Tensor | None = None) -> str:
-    """Noise and blur before and after; with a reference also how close both are to it. A few lines of text."""
+    """Noise and blur before and after; with a reference also how close both are to it. A few lines of text.
+
+    Raises InputError for pictures that are empty or not finite, and for numbers of pictures that do not fit.
+    """
+    _check(before, after, reference)
     lines = []
     for part, (name, pictures) in enumerate((("before", before), ("after", after))):
         if reference is not None:
@@ -77,8 +97,12 @@ def page(
 ) -> str:
     """The page's HTML. before, after: [B or 1, C, H, W]; extras: batches of pictures such as maps; text: (heading, lines).
 
-    Loads nothing from anywhere and runs only its own few lines of script; all text is escaped.
+    Loads nothing from anywhere and runs only its own few lines of script; all text is escaped. Raises InputError for
+    pictures that are empty or not finite, and for numbers of pictures that do not fit; no extras are fine.
     """
+    _check(before, after)
+    for batch in extras:
+        check_values(batch, "maps")
     size, pictures = f"{after.shape[-1]} x {after.shape[-2]}", _flat(extras)
     found, shown, progress = [], [], host.progress(len(after) + len(pictures))
     for i, (first, second) in enumerate(zip(matched(before, after, len(after)), after, strict=True)):

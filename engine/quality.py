@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from ..errors import InputError, MissingDependency
 from . import host
+from .values import check_image
 
 GAUSSIAN_MEDIAN = 0.6745
 """Median of |x| for a standard normal x."""
@@ -119,7 +120,11 @@ def offline(what: str) -> Iterator[None]:
 
 
 def table(image: torch.Tensor, names: Sequence[str] = ()) -> tuple[str, dict[str, float]]:
-    """Figures of [B, C, H, W] without a reference: a line of text a picture, and the means by name."""
+    """Figures of [B, C, H, W] without a reference: a line of text a picture, and the means by name.
+
+    Raises InputError for pictures that are empty or not finite.
+    """
+    check_image(image)
     colour = image[:, : 3 if image.shape[1] >= 3 else 1]
     columns: dict[str, list[float]] = {"noise": [], "blur": []}
     progress = host.progress(len(image) * (1 + len(names)))

@@ -18,7 +18,7 @@ from ..models.moce_ir import Routing
 from . import host
 from .pictures import difference_map, from_pil, heat_map, labelled, to_pil
 from .quality import offline
-from .values import as_batch, ceiling
+from .values import as_batch, ceiling, check_image
 
 
 def match_size(image: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -74,8 +74,11 @@ def compare(
     """Pictures [B, C, H, W] side by side under labels, as [B, 3, h, w]; all scaled to the largest.
 
     zoom > 1 shows a crop around `centre` (x, y in 0..1), enlarged without smoothing. difference: a false-colour map of
-    |picture - last picture| times `gain` for each picture but the last.
+    |picture - last picture| times `gain` for each picture but the last. Raises InputError for pictures that are empty or
+    not finite, and for batches of several numbers of pictures.
     """
+    for image, name in zip(images, ("first", "second", "third"), strict=False):
+        check_image(image, name)
     largest = max(images, key=lambda i: i.shape[-1] * i.shape[-2])
     count = batch_size(images)
     progress = host.progress(count)
@@ -147,7 +150,12 @@ def lpips_distance(image: torch.Tensor, reference: torch.Tensor, net: str = "ale
 def metrics_table(
     image: torch.Tensor, reference: torch.Tensor, with_lpips: bool = False
 ) -> tuple[str, dict[str, float]]:
-    """PSNR and SSIM (and LPIPS) per picture as text, and their means. The image is scaled to the reference."""
+    """PSNR and SSIM (and LPIPS) per picture as text, and their means. The image is scaled to the reference.
+
+    Raises InputError for pictures that are empty or not finite, and for batches of two numbers of pictures.
+    """
+    check_image(image)
+    check_image(reference, "reference")
     measures = {"PSNR dB": psnr}
     if min(reference.shape[-2:]) >= 11:
         measures["SSIM"] = ssim

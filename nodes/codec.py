@@ -18,7 +18,7 @@ from ..errors import InputError
 from . import sockets
 from .api import advanced, io, ui
 from .images import as_image, channels_first
-from .inputs import ModelFile, accepted, fingerprint, model_input, one_of
+from .inputs import ModelFile, accepted, check_choices, fingerprint, model_input, one_of
 
 BY = ["quality", "bits per pixel", "file size"]
 
@@ -142,6 +142,7 @@ class EncodeBitstream(io.ComfyNode):
 
     @classmethod
     def execute(cls, codec, image, by="quality", quality=32, bits_per_pixel=0.5, kilobytes=50.0, tile=1024):
+        check_choices(cls, by=by)
         pictures, streams = _pictures(image), []
         pixels = pictures.shape[-2] * pictures.shape[-1]
         allowed = {"bits per pixel": int(bits_per_pixel * pixels / 8), "file size": int(1000 * kilobytes)}

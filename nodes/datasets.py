@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine import train
+from ..engine.values import check_image
 from ..training import datasets
 from . import sockets
 from .api import advanced, io
@@ -192,9 +193,12 @@ class DatasetFromImages(io.ComfyNode):
     def execute(
         cls, clean, degradations="noise", label="damaged", held_out=0.1, shown=8, crop=96, damaged=None
     ) -> io.NodeOutput:
-        twins = None if damaged is None else channels_first(damaged)
+        pictures, twins = channels_first(clean), None if damaged is None else channels_first(damaged)
+        check_image(pictures, "clean")
+        if twins is not None:
+            check_image(twins, "damaged")
         tasks = datasets.tasks_from_text(degradations) if damaged is None else ()
-        return _show(datasets.images(channels_first(clean), twins, tasks, label, held_out), shown, crop)
+        return _show(datasets.images(pictures, twins, tasks, label, held_out), shown, crop)
 
 
 def _manifest_folder(folder: str) -> Path:

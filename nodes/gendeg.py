@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..engine import gendeg, journal
 from ..engine.comfy_sampling import need_comfyui
+from ..engine.values import check_image
 from ..errors import InputError
 from ..guidance import gendeg as intensities
 from . import sockets
@@ -244,6 +245,8 @@ class MeasureIntensity(io.ComfyNode):
     @classmethod
     def execute(cls, clean, damaged) -> io.NodeOutput:
         first, second = (channels_first(x)[:, :3] for x in (clean, damaged))
+        check_image(first, "clean")
+        check_image(second, "damaged")
         if first.shape[1:] != second.shape[1:] or len(first) not in (1, len(second)):
             raise InputError(
                 f"clean and damaged: {tuple(clean.shape)} and {tuple(damaged.shape)}; sizes and numbers of pictures must "

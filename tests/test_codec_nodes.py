@@ -173,6 +173,11 @@ def test_tiles_are_halved_when_memory_runs_out(codec, photo, monkeypatch) -> Non
         compress.compress(codec, image, 20)
 
 
+def test_a_choice_that_came_over_a_wire_and_is_none_is_named(codec, photo) -> None:
+    with pytest.raises(InputError, match="by: 'zz' is not one of quality, bits per pixel, file size"):
+        nodes.EncodeBitstream.execute(codec, photo, by="zz")
+
+
 def test_a_cancelled_run_stops(codec, photo) -> None:
     host.set_hooks(interrupt=lambda: True)
     try:

@@ -14,6 +14,7 @@ from comfyui_mend.engine import (
     ensemble,
     face_finding,
     faces,
+    folders,
     mix,
     regions,
     report,
@@ -25,7 +26,10 @@ from comfyui_mend.engine import (
     values,
 )
 from comfyui_mend.errors import InputError
+from comfyui_mend.nodes.datasets import DatasetFromImages
 from comfyui_mend.nodes.degrade import DegradeImage
+from comfyui_mend.nodes.gendeg import MeasureIntensity
+from comfyui_mend.nodes.inspect import CompareImages, ImageMetrics, ReportPage
 from comfyui_mend.nodes.restore import RestorationMix
 
 from .test_da_rcot import SMALL as RCOT
@@ -102,10 +106,10 @@ def test_pictures_and_masks_without_pixels_are_refused(use: str, size: tuple[int
 
 def test_empty_batches_are_refused_or_stay_empty(moce) -> None:
     nothing = torch.zeros(0, 3, 16, 16)
-    for refuse in (shots.scores, lambda x: regions.degradation_map(moce, x)):
+    for refuse in (shots.scores, lambda x: colours.fix_colours(x, x), lambda x: regions.degradation_map(moce, x)):
         with pytest.raises(InputError, match="image: empty"):
             refuse(nothing)
-    assert len(mix.mix(nothing, nothing)) == len(colours.fix_colours(nothing, GREY)) == 0
+    assert len(mix.mix(nothing, nothing)) == 0
     with pytest.raises(InputError, match="cannot be brought to one size"):
         report.match_size(torch.zeros(1, 3, 0, 8), GREY)
 
@@ -126,3 +130,41 @@ def test_a_mask_of_true_and_false_is_a_mask() -> None:
     picture, mask = torch.rand(1, 4, 4, 3), torch.ones(4, 4, dtype=torch.bool)
     mixed = RestorationMix.execute(picture, 1 - picture, mask=mask).result[0]
     torch.testing.assert_close(mixed, 1 - picture)
+
+
+NODES: dict[str, tuple[Callable[..., object], tuple[str, ...]]] = {
+    "compare": (CompareImages.execute, ("first", "second", "third")),
+    "metrics": (ImageMetrics.execute, ("image", "reference")),
+    "report": (ReportPage.execute, ("before", "after", "reference")),
+    "intensity": (MeasureIntensity.execute, ("clean", "damaged")),
+    "dataset": (DatasetFromImages.execute, ("clean", "damaged")),
+}
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_nodes_that_look_and_train_name_the_input_that_is_empty_or_not_finite(node: str, tmp_path) -> None:
+    folders.set_folders(output=tmp_path)
+    execute, names = NODES[node]
+    whole = torch.rand(1, 128, 128, 3)
+    broken = whole.clone()
+    broken[0, 5, 6, 1] = float("nan")
+    for name in names:
+        given = dict.fromkeys(names, whole)
+        with pytest.raises(InputError, match=f"^{name}: 1 values are NaN"):
+            execute(**{**given, name: broken})
+        with pytest.raises(InputError, match=f"^{name}: empty"):
+            execute(**{**given, name: whole[:0]})
+    with pytest.raises(InputError, match=f"^{names[0]}: empty"):
+        execute(**dict.fromkeys(names, whole[:0]))
+
+
+def test_a_report_says_which_input_has_how_many_pictures(tmp_path) -> None:
+    folders.set_folders(output=tmp_path)
+    one, two, three = (torch.rand(n, 16, 16, 3) for n in (1, 2, 3))
+    with pytest.raises(InputError, match="before: 2 pictures, but after has 1"):
+        ReportPage.execute(two, one)
+    with pytest.raises(InputError, match="reference: 3 pictures, but after has 2"):
+        ReportPage.execute(one, two, reference=three)
+    with pytest.raises(InputError, match="maps: 768 values are NaN"):
+        ReportPage.execute(one, two, maps=one * float("nan"))
+    ReportPage.execute(one, two, reference=two, maps=one[:0])

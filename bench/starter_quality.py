@@ -13,6 +13,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,15 +143,15 @@ def measure(
     photos: Sequence[torch.Tensor],
     size: int,
     classical: bool = True,
-    known: Mapping[str, Score] | None = None,
+    known: Mapping[str, Mapping[str, Any]] | None = None,
     only: Sequence[str] = (),
-) -> dict[str, dict[str, Score]]:
-    """PSNR and SSIM per case of the damaged pictures, of the classical method and of the restorer.
+) -> dict[str, dict[str, Any]]:
+    """PSNR and SSIM per case of the damaged pictures, of the classical method, which is named, and of the restorer.
 
-    known: classical scores of the same pictures, measured before: they do not change with the weights. only: the names
-    of the cases to measure; empty: all.
+    known: what was returned for the same pictures before: the classical scores do not change with the weights. only: the
+    names of the cases to measure; empty: all.
     """
-    scores: dict[str, dict[str, Score]] = {}
+    scores: dict[str, dict[str, Any]] = {}
     cases = {name: chain for name, chain in VALIDATION.items() if not only or name in only}
     for name, (damaged, clean) in tqdm(validation_set(photos, size, cases).items(), leave=False):
         images = damaged.split(1)
@@ -158,23 +159,31 @@ def measure(
             "damaged": _score(images, clean),
             "restored": _score([restorer(x) for x in images], clean),
         }
-        if known and name in known:
-            scores[name]["classical"] = tuple(known[name])
+        before = (known or {}).get(name, {})
+        if "classical" in before:
+            scores[name] |= {"method": before["method"], "classical": tuple(before["classical"])}
         elif classical and name in CLASSICAL:
-            scores[name]["classical"] = _score([CLASSICAL[name][1](x) for x in images], clean)
+            scores[name] |= {
+                "method": _method(name),
+                "classical": _score([CLASSICAL[name][1](x) for x in images], clean),
+            }
     return scores
 
 
-def table(scores: Mapping[str, Mapping[str, Score]]) -> list[str]:
+def _method(name: str) -> str:
+    """What the classical method of a case is called, as it is here."""
+    title = CLASSICAL[name][0]
+    return title if importlib.util.find_spec("bm3d") else title.replace("BM3D", "non-local means")
+
+
+def table(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Markdown rows: damage, PSNR / SSIM of the damaged picture, of the classical method and of the restorer, gains."""
     rows = [
         "| damage | damaged | classical method | | Mend | over damaged | over classical |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, found in scores.items():
-        title = CLASSICAL[name][0] if name in CLASSICAL else ""
-        if title.startswith("BM3D") and not importlib.util.find_spec("bm3d"):
-            title = title.replace("BM3D", "non-local means")
+        title = found.get("method", "")
         before, other, restored = found["damaged"], found.get("classical"), found["restored"]
         over = "" if name == "clean" else f"{restored[0] - before[0]:+.2f} dB"
         versus = "" if other is None else f"{restored[0] - other[0]:+.2f} dB"
@@ -207,11 +216,7 @@ def main(arguments: Sequence[str]) -> int:
     restorer = models.load(args.model)
     photos = load_photos(args.photos, args.limit)
     usable = sum(min(p.shape[1:]) >= args.size for p in photos)
-    known = (
-        {n: f["classical"] for n, f in json.loads(args.known.read_text()).items() if "classical" in f}
-        if args.known
-        else None
-    )
+    known = json.loads(args.known.read_text()) if args.known else None
     scores = measure(restorer, photos, args.size, not args.no_classical, known, args.only)
     lines = [
         "# Starter weights against classical methods",

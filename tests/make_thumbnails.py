@@ -28,7 +28,7 @@ from comfyui_mend.engine.workflow_format import read
 
 logger = logging.getLogger(__name__)
 
-ALIKE = 12.0
+ALIKE = 25.0
 """Mean difference, in steps of 255, up to which a picture is taken for what the present thumbnail shows."""
 
 

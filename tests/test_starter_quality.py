@@ -36,10 +36,11 @@ def test_the_directional_median_removes_upright_streaks():
 def test_the_table_has_a_row_for_every_case(tmp_path):
     trainer.export(models.create("moce-ir", TINY), tmp_path / "t.safetensors", "moce-ir", TINY)
     restorer = models.load(tmp_path / "t.safetensors")
-    scores = starter_quality.measure(restorer, pictures(2, 64), 32, classical=False, known={"rain": (20.0, 0.5)})
+    known = {"rain": {"classical": [20.0, 0.5], "method": "a broom"}}
+    scores = starter_quality.measure(restorer, pictures(2, 64), 32, classical=False, known=known)
     rows = starter_quality.table(scores)
     assert [row.split("|")[1].strip() for row in rows[2:]] == list(data.VALIDATION)
-    assert any(row.startswith("| rain |") and "20.00 / 0.500" in row for row in rows)
+    assert any(row.startswith("| rain |") and "| a broom | 20.00 / 0.500 |" in row for row in rows)
 
 
 def test_only_the_kinds_of_damage_that_are_asked_for_are_measured(tmp_path):

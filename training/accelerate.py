@@ -96,7 +96,7 @@ _COMPILED = (TransformerBlock, TransposedAttention, CrossChannelAttention, Gated
 def compile_blocks(module: nn.Module) -> nn.Module:
     """Lets torch.compile fuse what happens within the blocks of `module`, in place, and returns it.
 
-    It takes half a minute for every new size of crop, and, on CPUs, a C++ compiler. Raises InputError if the network has
+    It takes half a minute to one and a half for every new size of crop, and, on CPUs, a C++ compiler. Raises InputError if the network has
     no block of a kind for which this is known to pay.
     """
     blocks = list(_outermost(module))

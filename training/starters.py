@@ -109,7 +109,7 @@ STARTERS: Mapping[str, Starter] = {
         initialise=_near_identity("output"),
         closing="project_out",
         stages=(Stage(0.0, 64, 12), Stage(0.25, 96, 6), Stage(0.65, 128, 4), Stage(0.9, 192, 2)),
-        clip_each=1.0,
+        clip_each=2.0,
     ),
     "mpmf-weather": Starter(
         file="mend-mpmf-weather-starter.safetensors",

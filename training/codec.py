@@ -24,7 +24,8 @@ from torch import nn
 from .. import models
 from ..codec.rates import pillow_curve
 from ..errors import Cancelled
-from ..models.aio_codec import LATENT_STRIDE, QUALITIES, AllInOneCodec, HybridBlock, UpsampleBlock
+from ..models.aio_codec import LATENT_STRIDE, QUALITIES, AllInOneCodec
+from ..models.aio_codec_layers import HybridBlock, UpsampleBlock
 from .accelerate import accelerate
 from .data import VALIDATION, PairStream, PhotoCrops, Task, central_crop, load_photos
 from .degradations import Degradation

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from .. import models
 from ..engine import host
 from ..engine.report import psnr, ssim
+from ..training.damage import gaussian_blur
 from ..training.data import VALIDATION, load_photos
-from ..training.degradations import gaussian_blur
 from ..training.trainer import validation_set
 from . import machine, report
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from comfyui_mend.errors import InputError
+from comfyui_mend.training import damage
 from comfyui_mend.training import degradations as d
 
 
@@ -48,8 +49,8 @@ def test_gradients_reach_the_clean_picture(kind):
 
 def test_the_differentiable_jpeg_is_close_to_the_codec():
     image = photo(40, 56).requires_grad_()
-    smooth = d.jpeg_differentiable(image, 30)
-    assert (smooth - d.jpeg(image, 30)).abs().mean() < 0.03
+    smooth = damage.jpeg_differentiable(image, 30)
+    assert (smooth - damage.jpeg(image, 30)).abs().mean() < 0.03
     assert torch.autograd.grad(smooth.sum(), image)[0].abs().sum() > 0
 
 
@@ -57,33 +58,33 @@ def test_noise_has_the_standard_deviation_asked_for():
     grey = torch.full((1, 3, 200, 200), 0.5)
     noisy, _ = d.degrade(grey, [d.Degradation("noise", 1, {"sigma": 25.0})], seed=0, clamp=False)
     assert abs(float((noisy - grey).std()) * 255 - 25) < 0.3
-    noise = d.poisson_noise(grey, 50, torch.Generator().manual_seed(0)) - grey
+    noise = damage.poisson_noise(grey, 50, torch.Generator().manual_seed(0)) - grey
     assert abs(float(noise.std()) - (0.5 / 50) ** 0.5) < 0.002
 
 
 def test_channels_can_have_noise_of_their_own():
     grey = torch.full((1, 3, 100, 100), 0.5)
-    noise = d.gaussian_noise(grey, [5.0, 0.0, 40.0], torch.Generator().manual_seed(0)) - grey
+    noise = damage.gaussian_noise(grey, [5.0, 0.0, 40.0], torch.Generator().manual_seed(0)) - grey
     assert [round(v) for v in (noise.std(dim=(0, 2, 3)) * 255).tolist()] == [5, 0, 40]
 
 
 def test_blurs_keep_a_flat_picture_flat_and_kernels_sum_to_one():
     flat = torch.full((1, 3, 20, 30), 0.3)
-    for blurred in (d.gaussian_blur(flat, 2.0), d.motion_blur(flat, 15, 30), d.defocus_blur(flat, 3.2)):
+    for blurred in (damage.gaussian_blur(flat, 2.0), damage.motion_blur(flat, 15, 30), damage.defocus_blur(flat, 3.2)):
         assert torch.allclose(blurred, flat, atol=1e-5)
-    assert float(d.line_kernel(15, 70).sum()) == pytest.approx(1, abs=1e-5)
+    assert float(damage.line_kernel(15, 70).sum()) == pytest.approx(1, abs=1e-5)
 
 
 def test_motion_blur_smears_along_its_direction_only():
     point = torch.zeros(1, 1, 31, 31)
     point[..., 15, 15] = 1
-    smeared = d.motion_blur(point, 15, 0)[0, 0]
+    smeared = damage.motion_blur(point, 15, 0)[0, 0]
     assert (smeared[15] > 1e-3).sum() >= 15 and (smeared[:, 15] > 1e-3).sum() <= 3
 
 
 def test_haze_follows_koschmieders_law():
     image, depth = photo(), torch.rand(1, 1, 48, 40)
-    hazy = d.haze(image, 1.5, [0.8, 0.9, 1.0], depth)
+    hazy = damage.haze(image, 1.5, [0.8, 0.9, 1.0], depth)
     transmission = torch.exp(-1.5 * depth)
     light = torch.tensor([0.8, 0.9, 1.0])[None, :, None, None]
     assert torch.allclose(hazy, image * transmission + light * (1 - transmission), atol=1e-6)

@@ -7,8 +7,7 @@ from test_trainer import TINY, pictures
 
 from comfyui_mend import models
 from comfyui_mend.bench import starter_quality
-from comfyui_mend.training import data, trainer
-from comfyui_mend.training import degradations as d
+from comfyui_mend.training import damage, data, trainer
 
 
 def scene() -> torch.Tensor:
@@ -16,20 +15,20 @@ def scene() -> torch.Tensor:
 
 
 def test_the_noise_level_is_estimated():
-    noisy = d.gaussian_noise(scene(), 20.0, torch.Generator().manual_seed(0))
+    noisy = damage.gaussian_noise(scene(), 20.0, torch.Generator().manual_seed(0))
     assert abs(starter_quality.noise_level(noisy) - 20) < 2
 
 
 def test_the_dark_channel_prior_removes_haze():
     clean = scene() ** 2  # dark enough to have dark channels
-    hazy = d.haze(clean, 1.2, 0.9, torch.full((1, 1, 96, 96), 0.7))
+    hazy = damage.haze(clean, 1.2, 0.9, torch.full((1, 1, 96, 96), 0.7))
     restored = starter_quality.dehaze(hazy).clamp(0, 1)
     assert trainer.psnr(restored, clean) > trainer.psnr(hazy, clean) + 1
 
 
 def test_the_directional_median_removes_upright_streaks():
     clean = scene()
-    rainy = d.rain_streaks(clean, 0.002, 20, 0, 0.9, torch.Generator().manual_seed(0))
+    rainy = damage.rain_streaks(clean, 0.002, 20, 0, 0.9, torch.Generator().manual_seed(0))
     assert trainer.psnr(starter_quality.derain(rainy), clean) > trainer.psnr(rainy, clean) + 3
 
 

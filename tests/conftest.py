@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from comfyui_mend import models
-from comfyui_mend.engine import folders, loaded
+from comfyui_mend.engine import folders, host, loaded
 
 SMALL = {
     "dim": 8,
@@ -31,6 +31,13 @@ def _own_folders() -> Iterator[None]:
     yield
     for name, folder in before.items():
         setattr(folders._Folders, name, folder)
+
+
+@pytest.fixture
+def nobody_listens() -> Iterator[None]:
+    """What a test sets to be told progress, or to cancel, is forgotten after it."""
+    yield
+    host.set_hooks()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from comfyui_mend import models
-from comfyui_mend.engine import loaded
+from comfyui_mend.engine import host, loaded
 from comfyui_mend.models.registry import Architecture
 
 
@@ -66,3 +66,9 @@ def local_restorer(scale: int = 1, multiple: int = 4) -> loaded.LoadedRestorer:
     )
     module = LocalNetwork(scale).eval().requires_grad_(False)
     return loaded.wrap(models.Restorer(architecture, {}, module))
+
+
+def cancel_after(checks: int) -> None:
+    """Cancels at the n-th time that somebody asks; for tests that use the fixture `nobody_listens`."""
+    asked = iter(range(1_000_000))
+    host.set_hooks(interrupt=lambda: next(asked) >= checks)

@@ -1,4 +1,4 @@
-"""Videos and folders in bounded memory: what goes in comes out, whatever interrupts it, and no bad file stops the rest."""
+"""Videos in bounded memory: what goes in comes out, whatever interrupts it."""
 
 from __future__ import annotations
 
@@ -12,47 +12,26 @@ import pytest
 import torch
 from PIL import Image
 
-from comfyui_mend.engine import folders, host, journal, loaded
-from comfyui_mend.engine.journal import Journal, Report, fingerprint, written_whole
-from comfyui_mend.engine.photos import read_photo
-from comfyui_mend.engine.restore_folder import FolderSettings, restore_folder
+from comfyui_mend.engine import folders, host
 from comfyui_mend.engine.restore_video import VideoSettings, restore_video
 from comfyui_mend.engine.validation import validate_prompt
 from comfyui_mend.engine.video import VideoFile, VideoReader, VideoWriter, join, suffix_for
 from comfyui_mend.errors import Cancelled, InputError, MendError, MissingDependency, WorkflowError
-from comfyui_mend.nodes.video import RestoreFolder, RestoreVideo
+from comfyui_mend.nodes.video import RestoreVideo
 
 from .make_workflow import classes
-from .support import local_restorer
-from .video_clips import pan, write_clip
+from .support import cancel_after, local_restorer
+from .video_clips import frames, two_shots, write_clip
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 
 EXACT = VideoSettings(codec="lossless")
-
-
-@pytest.fixture(autouse=True)
-def _nobody_listens():
-    yield
-    host.set_hooks()
+pytestmark = pytest.mark.usefixtures("nobody_listens")
 
 
 @pytest.fixture
 def clip() -> torch.Tensor:
-    """Two shots of six and four frames."""
-    first = pan("red_panda.jpg", 6, (48, 64), (0.4, 1.3), (100, 200))
-    return torch.cat([first, pan("night.jpg", 4, (48, 64), (1, 0), (200, 200))])
-
-
-def frames(path) -> torch.Tensor:
-    with VideoReader(path) as reader:
-        return torch.stack([frame.image() for frame in reader])
-
-
-def cancel_after(checks: int) -> None:
-    """Cancels at the n-th time that somebody asks."""
-    asked = iter(range(1_000_000))
-    host.set_hooks(interrupt=lambda: next(asked) >= checks)
+    return two_shots()
 
 
 # Reading and writing --------------------------------------------------------------------------------------------------
@@ -307,105 +286,6 @@ def test_memory_stays_flat_over_a_thousand_frames(tmp_path):
     assert grown < 60, f"{grown:.0f} MiB more"
 
 
-# Restore Folder -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def place(tmp_path, clip):
-    """Pictures of three kinds, one below another folder, one with transparency, a video, and two broken files."""
-    (tmp_path / "in" / "deep").mkdir(parents=True)
-    for name, mode in (("a.png", "RGB"), ("a.jpg", "RGB"), ("deep/b.png", "RGBA"), ("grey.tif", "L")):
-        Image.new(mode, (20, 12), "gray").save(tmp_path / "in" / name)
-    write_clip(tmp_path / "in" / "deep" / "clip.mp4", clip[:3])
-    (tmp_path / "in" / "broken.png").write_bytes(b"no picture")
-    (tmp_path / "in" / "broken.mp4").write_bytes(b"no video")
-    return tmp_path
-
-
-def test_a_folder_is_restored_whole_and_bad_files_are_reported(place):
-    report = restore_folder(local_restorer(2), place / "in", place / "out")
-    assert (report.count("done"), report.count("failed")) == (5, 2)
-    out = place / "out"
-    assert read_photo(out / "deep" / "b.png").shape == (1, 4, 24, 40)
-    assert read_photo(out / "a.png.png").shape == read_photo(out / "a.jpg.jpg").shape == (1, 3, 24, 40)
-    assert read_photo(out / "grey.tif").shape[1] == 1
-    assert frames(out / "deep" / "clip.mp4").shape == (3, 3, 96, 128)
-    saved = json.loads((out / "mend-report.json").read_text())
-    assert {e["source"] for e in saved["files"] if e["status"] == "failed"} == {"broken.png", "broken.mp4"}
-    assert "failed: broken.png" in (out / "mend-report.txt").read_text()
-    assert [p for p in out.rglob("*.part*")] == []
-
-
-def test_a_folder_done_before_is_skipped_and_new_files_are_done(place):
-    network = local_restorer()
-    restore_folder(network, place / "in", place / "out")
-    calls = len(network.restorer.module.calls)
-    Image.new("RGB", (9, 9)).save(place / "in" / "new.png")
-    report = restore_folder(network, place / "in", place / "out")
-    assert (report.count("skipped"), report.count("done")) == (5, 1)
-    assert len(network.restorer.module.calls) == calls + 1
-    assert restore_folder(network, place / "in", place / "out", FolderSettings(strength=0.5)).count("skipped") <= 1
-
-
-def test_a_cancelled_folder_keeps_what_is_done(place):
-    cancel_after(6)
-    with pytest.raises(Cancelled):
-        restore_folder(local_restorer(), place / "in", place / "out", videos=False)
-    host.set_hooks()
-    saved = json.loads((place / "out" / "mend-report.json").read_text())
-    assert saved["stopped"] and any(e["status"] == "done" for e in saved["files"])
-    report = restore_folder(local_restorer(), place / "in", place / "out", videos=False)
-    assert report.count("done") + report.count("skipped") == 4
-
-
-def test_results_never_go_into_the_folder_that_is_read(place):
-    for target in (place / "in", place / "in" / "out"):
-        with pytest.raises(InputError, match="name another"):
-            restore_folder(local_restorer(), place / "in", target)
-    with pytest.raises(InputError, match="no such folder"):
-        restore_folder(local_restorer(), place / "nowhere", place / "out")
-
-
-# What jobs remember ---------------------------------------------------------------------------------------------------
-
-
-def test_a_journal_survives_a_torn_line(tmp_path):
-    book = Journal(tmp_path / "j.jsonl")
-    book.add("a", "1", frames=3)
-    with (tmp_path / "j.jsonl").open("a") as file:
-        file.write('{"key": "b", "made')
-    book = Journal(tmp_path / "j.jsonl")
-    assert book.find("a", "1")["frames"] == 3 and book.find("b", "1") is None and book.find("a", "2") is None
-    book.add("b", "2")
-    assert Journal(tmp_path / "j.jsonl").find("b", "2")
-
-
-def test_equal_settings_have_equal_fingerprints_and_others_do_not(moce):
-    same = [1, "a", {"x": torch.ones(2)}, VideoSettings()]
-    assert fingerprint(same) == fingerprint([1, "a", {"x": torch.ones(2)}, VideoSettings()])
-    others = [1, 1.0, "1", True, [1], (1, 1), {"1": 1}, torch.ones(1), torch.zeros(1), VideoSettings(crf=1), object()]
-    prints = [fingerprint(value) for value in others]
-    assert len(set(prints)) == len(prints) and fingerprint(object()) != fingerprint(object())
-    other = loaded.wrap(moce.restorer).with_options(scan_len=2)
-    assert fingerprint(moce) == fingerprint(moce) != fingerprint(other)
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), written_whole(tmp_path / "x" / "a.txt") as unfinished:
-        unfinished.write_text("half")
-        raise RuntimeError
-    assert list((tmp_path / "x").iterdir()) == []
-
-
-def test_a_report_takes_anything_but_a_cancel(tmp_path):
-    report = Report("Job")
-    with report.file("a"):
-        raise ValueError("odd")
-    with pytest.raises(Cancelled), report.file("b"):
-        raise Cancelled("cancelled")
-    assert report.count("failed") == 1 and "ValueError: odd" in report.text()
-
-
 # Nodes ----------------------------------------------------------------------------------------------------------------
 
 
@@ -448,11 +328,3 @@ def test_the_file_has_to_be_there_only_where_no_video_is_connected(clip, tmp_pat
     assert refused(video="nowhere.mp4") == {"video: there is no file 'nowhere.mp4' in the input folder"}
     assert refused(video="nowhere.mp4", clip=["9", 0]) == set()
     assert refused(video="nowhere.mp4", clip=["9", 0], codec="x") != set()
-
-
-def test_the_folder_node_reports(place):
-    folders.set_folders(inputs=[place], output=place / "results")
-    text, folder, failed = RestoreFolder.execute(local_restorer(), "in", videos=False).args
-    assert failed == 1 and "4 done" in text and folder == str((place / "results" / "mend" / "folder").resolve())
-    assert journal.REPORT + ".txt" in {p.name for p in (place / "results" / "mend" / "folder").iterdir()}
-    assert RestoreFolder.validate_inputs("nowhere", "png", "h264", "auto") is not True

@@ -10,8 +10,21 @@ import numpy as np
 import torch
 
 from comfyui_mend.bench.steady_video import noisy, pan, true_errors, true_flow
+from comfyui_mend.engine.video import VideoReader
 
-__all__ = ["noisy", "pan", "true_errors", "true_flow", "write_clip"]
+__all__ = ["frames", "noisy", "pan", "true_errors", "true_flow", "two_shots", "write_clip"]
+
+
+def two_shots() -> torch.Tensor:
+    """A clip [10, 3, 48, 64]: two shots of six and four frames."""
+    first = pan("red_panda.jpg", 6, (48, 64), (0.4, 1.3), (100, 200))
+    return torch.cat([first, pan("night.jpg", 4, (48, 64), (1, 0), (200, 200))])
+
+
+def frames(path: Path) -> torch.Tensor:
+    """All frames of a video file, [N, 3, H, W]."""
+    with VideoReader(path) as reader:
+        return torch.stack([frame.image() for frame in reader])
 
 
 def write_clip(path: Path, images: torch.Tensor, sound: bool = False, **settings: Any) -> Path:

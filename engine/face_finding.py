@@ -113,9 +113,7 @@ def boxes_of_segments(segments: Any) -> list[tuple[int, torch.Tensor]]:
 def boxes_of_mask(mask: torch.Tensor, count: int, size: tuple[int, int]) -> list[tuple[int, torch.Tensor]]:
     """A box around every connected island above 0.5 of mask [B or 1, h, w], scaled to `size`; a single mask counts for
     all pictures. Islands closer than about 1/256 of the picture are one."""
-    check_mask(mask)
-    if len(mask) not in (1, count):
-        raise InputError(f"mask: {len(mask)} masks for {count} pictures; use one, or one per picture")
+    check_mask(mask, count=count)
     scale = torch.tensor([size[1] / mask.shape[-1], size[0] / mask.shape[-2]], dtype=torch.float64).repeat(2)
     islands = [_islands(m > 0.5) for m in mask.float().cpu()]
     return [(n, box * scale) for n in range(count) for box in islands[n if len(mask) > 1 else 0]]

@@ -73,9 +73,7 @@ def mix(
     if len(original) not in (1, count):
         raise InputError(f"original: {len(original)} pictures, but restored has {count}")
     if mask is not None:
-        check_mask(mask)
-        if len(mask) not in (1, count):
-            raise InputError(f"mask: {len(mask)} masks for {count} pictures; use one, or one per picture")
+        check_mask(mask, count=count)
     if count == 0:
         return restored.float()
     most = ceiling(original, restored)

@@ -49,9 +49,7 @@ def from_pictures(
     colour = tiling.as_rgb(degraded)
     difference = colour - match_size(tiling.as_rgb(restored), colour).to(colour)
     if mask is not None:
-        check_mask(mask)
-        if len(mask) not in (1, len(degraded)):
-            raise InputError(f"mask: {len(mask)} masks for {len(degraded)} pictures; use one, or one per picture")
+        check_mask(mask, count=len(degraded))
         difference = difference * match_size(mask[:, None].to(difference), difference)
     return Residual(difference * gain)
 

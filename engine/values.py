@@ -47,13 +47,18 @@ def _is_usable(picture: torch.Tensor) -> bool:
     return -LARGEST <= low and high <= LARGEST  # NaN is neither
 
 
-def check_mask(mask: torch.Tensor, name: str = "mask") -> None:
-    """Raises InputError unless [B, H, W] with at least one pixel and values that can be computed with."""
+def check_mask(mask: torch.Tensor, name: str = "mask", count: int | None = None) -> None:
+    """Raises InputError unless [B, H, W] with at least one pixel and values that can be computed with.
+
+    count: of the pictures that the masks are for; one mask, or as many, will do.
+    """
     if mask.ndim != 3:
         raise InputError(f"{name}: expected a batch of masks [B, H, W], got {tuple(mask.shape)}")
     if min(mask.shape) == 0:
         raise InputError(f"{name}: empty, {tuple(mask.shape)}; connect at least one mask of at least one pixel")
     check_values(mask, name)
+    if count is not None and len(mask) not in (1, count):
+        raise InputError(f"{name}: {len(mask)} masks for {count} pictures; use one, or one per picture")
 
 
 def clamped(result: torch.Tensor, *pictures: torch.Tensor) -> torch.Tensor:

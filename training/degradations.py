@@ -219,12 +219,11 @@ class Degradation:
             return image, {}
         kind = KINDS[self.kind]
         parameters = {**kind.draw(self.strength, generator), **self.parameters}
-        if tell is None:
-            return kind.apply(image, parameters, generator), parameters
         parts = []
         for part in kind.parts(image, parameters, generator):
             parts.append(part)
-            tell(len(part))
+            if tell is not None:
+                tell(len(part))
         return torch.cat(parts) if len(parts) > 1 else parts[0], parameters
 
 

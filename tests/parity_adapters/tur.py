@@ -7,7 +7,6 @@ import re
 import torch
 from support import tapped
 
-from comfyui_mend.errors import InputError
 from comfyui_mend.training.objectives.tur import TaskUncertaintyLoss
 
 
@@ -80,16 +79,8 @@ def _report(kind, prediction, target, uncertainty, task):
     if kind != "7task":
         return loss(prediction, target, uncertainty, task)
     tasks = task.tolist() if isinstance(task, torch.Tensor) else task
-    known = [i for i, name in enumerate(tasks) if _knows(loss, name)]
+    known = loss.known(tasks)
     return loss(prediction[known], target[known], uncertainty[known], [tasks[i] for i in known])
-
-
-def _knows(loss, name):
-    try:
-        loss.slots([name])
-    except InputError:
-        return False
-    return True
 
 
 def _setting(case, module, task):

@@ -88,18 +88,25 @@ class TaskUncertaintyLoss:
         accumulate = as_released if accumulate is None else accumulate
         return cls(tasks, eps=eps, accumulate=accumulate, contained=_CONTAINED.get(setting, ()))
 
-    def slots(self, task: torch.Tensor | Sequence[int] | Sequence[str]) -> list[int]:
-        """Position in `self.tasks` of every sample's task, given by number or by name; InputError if unknown.
+    def known(self, task: torch.Tensor | Sequence[int] | Sequence[str]) -> list[int]:
+        """Positions in the batch of the samples whose task, given by number or by name, is one of `self.tasks`.
 
-        (The published 7-task code leaves samples of an unknown type out without a word.)
+        The published 7-task code leaves the others out without a word; here whoever calls decides.
         """
-        entries = task.tolist() if isinstance(task, torch.Tensor) else list(task)
-        numbers = [self._number(e) if isinstance(e, str) else e for e in entries]
+        return [i for i, number in enumerate(self._numbers(task)[1]) if number in self._slot_of_number]
+
+    def slots(self, task: torch.Tensor | Sequence[int] | Sequence[str]) -> list[int]:
+        """Position in `self.tasks` of every sample's task, given by number or by name; InputError if unknown."""
+        entries, numbers = self._numbers(task)
         unknown = [e for e, n in zip(entries, numbers, strict=True) if n not in self._slot_of_number]
         if unknown:
             known = ", ".join(f"{name} ({number})" for name, number in self._number_of_name.items())
             raise InputError(f"task: {unknown[0]!r} is unknown; one of {known}")
         return [self._slot_of_number[n] for n in numbers]
+
+    def _numbers(self, task: torch.Tensor | Sequence[int] | Sequence[str]) -> tuple[list[Any], list[int | None]]:
+        entries = task.tolist() if isinstance(task, torch.Tensor) else list(task)
+        return entries, [self._number(e) if isinstance(e, str) else e for e in entries]
 
     def _number(self, name: str) -> int | None:
         known = name if name in self._number_of_name else next((c for c in self.contained if c in name.lower()), None)

@@ -97,7 +97,7 @@ def fits_whole(loaded: LoadedRestorer, image: torch.Tensor, precision: str = "au
     """Whether a picture of [B, C, H, W] fits into memory in one piece, which this network is better off with."""
     target = host.device()
     needed = tiling.activation_bytes(loaded, image[:1], host.working_dtype(precision, target))
-    return needed <= 0.6 * host.free_memory(target)
+    return needed <= 0.6 * host.available_memory(target)
 
 
 def enlarged(coarse: CoarseImage, image: torch.Tensor) -> torch.Tensor:

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from make_workflow import WORKFLOWS, classes, missing_models, save_thumbnail
+from make_workflow import WORKFLOWS, as_thumbnail, classes, missing_models, save_thumbnail
 from PIL import Image
 
 from comfyui_mend.engine import folders
+from comfyui_mend.engine.pictures import to_pil
 from comfyui_mend.engine.runner import Runner
 from comfyui_mend.engine.workflow_format import read
 
@@ -37,13 +38,12 @@ def pictures(name: str) -> Iterator[Image.Image]:
     for outputs in Runner(classes()).run(read(WORKFLOWS / "api" / f"{name}.json")).values.values():
         for value in (v for values in outputs for v in values):
             if isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[-1] in (3, 4) and value.numel():
-                yield Image.fromarray((value[0, ..., :3].float().clamp(0, 1) * 255).round().byte().cpu().numpy())
+                yield to_pil(value[0, ..., :3].movedim(-1, 0))
 
 
 def difference(picture: Image.Image, thumbnail: Image.Image) -> float:
     """Mean difference in steps of 255, infinite for another shape."""
-    small = picture.copy()
-    small.thumbnail((640, 640), Image.Resampling.LANCZOS, reducing_gap=None)
+    small = as_thumbnail(picture)
     if small.size != thumbnail.size:
         return float("inf")
     return float(np.abs(np.asarray(small, np.float32) - np.asarray(thumbnail, np.float32)).mean())

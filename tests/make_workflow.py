@@ -318,10 +318,16 @@ def write(
         save_thumbnail(Image.open(thumbnail).convert("RGB"), name)
 
 
+def as_thumbnail(picture: Image.Image) -> Image.Image:
+    """A copy as large as thumbnails of workflows are."""
+    small = picture.copy()
+    small.thumbnail((640, 640), Image.Resampling.LANCZOS, reducing_gap=None)
+    return small
+
+
 def save_thumbnail(picture: Image.Image, name: str) -> None:
-    """Writes the thumbnail of a workflow; shrinks `picture` in place."""
-    picture.thumbnail((640, 640), Image.Resampling.LANCZOS, reducing_gap=None)
-    picture.save(WORKFLOWS / f"{name}.jpg", quality=85, optimize=True)
+    """Writes the thumbnail of a workflow."""
+    as_thumbnail(picture).save(WORKFLOWS / f"{name}.jpg", quality=85, optimize=True)
 
 
 def archive(version: str) -> None:

@@ -131,7 +131,7 @@ def run_case(folder: Path) -> dict[str, np.ndarray]:
     case = Case(folder)
     adapter = HERE / "parity_adapters" / f"{case.system.replace('-', '_')}.py"
     if not adapter.exists():
-        raise NotImplementedError(f"{case.name}: no adapter for the system {case.system!r}")
+        raise ValueError(f"{case.name}: the system {case.system!r} is none of those in {adapter.parent.name}/")
     method = load(adapter)
     outputs = method.run(case) if case.outputs else getattr(method, "check_layout", Case.check_layout)(case)
     return {
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     for folder in options.cases:
         try:
             outputs = run_case(folder)
-        except Exception:
+        except Exception:  # told with its traceback and counted: one broken case must not hide what the others give
             traceback.print_exc()
             print(f"FAIL {folder.name}: raised")
             failed += 1

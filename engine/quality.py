@@ -63,8 +63,8 @@ def blur(image: torch.Tensor) -> list[float]:
 def learned(image: torch.Tensor, name: str, tell: Callable[[], None] | None = None) -> list[float]:
     """A measure of the package pyiqa ("niqe", "musiq", "clipiqa" ...) for each picture of [B, 1..4, H, W].
 
-    tell is called after each. Never downloads: raises MissingDependency without the package or its weights, InputError for an unknown name or one
-    that needs a reference.
+    tell: called after each. Never downloads: raises MissingDependency without the package or its weights, InputError for
+    an unknown name or one that needs a reference.
     """
     colour = image[:, :1].expand(-1, 3, -1, -1) if image.shape[1] < 3 else image[:, :3]
     found = []

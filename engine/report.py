@@ -121,10 +121,9 @@ def ssim(image: torch.Tensor, reference: torch.Tensor) -> list[float]:
     from kornia.metrics import ssim as ssim_map
 
     found = []
-    for a, b in zip(image, reference, strict=True):  # the filtered ones on the way are many times as large as one
-        pair = (
-            x[None].float().contiguous() for x in (a, b)
-        )  # the channels of an IMAGE are interleaved: slow to filter
+    for a, b in zip(image, reference, strict=True):  # one by one: what is filtered on the way is many times as large
+        # The channels of an IMAGE are interleaved, which is slow to filter.
+        pair = (x[None].float().contiguous() for x in (a, b))
         found.append(float(ssim_map(*pair, window_size=11, padding="valid").mean()))
     return found
 

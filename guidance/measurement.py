@@ -91,12 +91,11 @@ def footprint(operator: Operator, side: int = 96) -> torch.Tensor:
     *_, last = chain = _chain(operator)
     if isinstance(last, Inpainting):
         return last.mask[:1, 0].expand(3, -1, -1).clone()
-    seeing = (
-        part for part in chain if not isinstance(part, Inpainting)
-    )  # masks in between fit their own pictures only
+    # masks in between fit their own pictures only
+    seeing = [part for part in chain if not isinstance(part, Inpainting)]
     operator = reduce(lambda inner, outer: Composition(outer, inner), seeing)
-    least = max(operator.input_size(1, 1))
-    blank = torch.zeros(1, 3, *operator.input_size(-(-side // least), -(-side // least)))
+    values = _values_across(seeing, side)
+    blank = torch.zeros(1, 3, *operator.input_size(values, values))
     operator = operator.fitted(*blank.shape[-2:])
     y = torch.zeros_like(operator.A(blank))
     y[..., y.shape[-2] // 2, y.shape[-1] // 2] = 1.0
@@ -106,6 +105,16 @@ def footprint(operator: Operator, side: int = 96) -> torch.Tensor:
         seen = _trim(seen)
     seen = seen / 2 + 0.5 if float(seen.min()) < -0.02 else seen.clamp_min(0)
     return F.interpolate(seen[None], size=(240, 240), mode="nearest")[0]
+
+
+def _values_across(chain: list[Operator], side: int) -> int:
+    """Measured values a side for a picture of `side` pixels or more, in which every kernel of `chain` has room."""
+    seen, values = 1, 1  # pixels that one measured value stands for, from the last operator to the first
+    for operator in reversed(chain):
+        seen = max(operator.input_size(seen, seen))
+        kernel = max(operator.kernel.shape) if isinstance(operator, (CircularBlur, ReflectBlur)) else 1
+        values = max(values, -(-kernel // seen))
+    return max(values, -(-side // seen))
 
 
 def _chain(operator: Operator) -> list[Operator]:

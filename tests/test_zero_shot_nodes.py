@@ -121,6 +121,15 @@ def test_every_operator_has_a_picture_and_restores(name: str, consistency) -> No
     assert restored.shape == image.shape and bool(torch.isfinite(restored).all())
 
 
+def test_a_kernel_picture_of_any_allowed_size_has_a_footprint() -> None:
+    kernel = build.kernel_from_picture(
+        torch.rand(1, 3, 255, 131, generator=torch.Generator().manual_seed(0)), "circular"
+    )
+    small = build.downsampling("average", 4)
+    for operator in (kernel, measurement.Composition(small, kernel), measurement.Composition(kernel, small)):
+        assert float(measurement.footprint(operator).max()) == 1.0
+
+
 def _chains() -> dict[str, list]:
     mask = build.inpainting(torch.rand(1, 64, 40, generator=torch.Generator().manual_seed(0)).round())
     blur, sensed = OPERATORS["blur gaussian reflect"], build.compressed_sensing(64, 0.5, 0)

@@ -55,6 +55,7 @@ class Stabiliser:
         frame = frame.float()
         if self.strength == 0:
             return frame
+        frame = frame.contiguous()  # as `state` is kept in files, which take nothing else
         if self.last is None or self.last.shape != frame.shape:
             self.last, self.weight = frame, frame.new_ones(1, 1, *frame.shape[-2:])
             return frame

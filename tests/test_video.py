@@ -170,6 +170,11 @@ def test_a_run_that_was_cancelled_goes_on_to_the_same_result(clip, tmp_path, sta
     assert (resumed.frames, resumed.shots) == (10, 2)
 
 
+def test_a_video_can_be_steadied_and_weakened_in_several_parts(clip, tmp_path):
+    source, settings = write_clip(tmp_path / "a.mp4", clip), VideoSettings(stabilise=0.8, strength=0.5)
+    assert restore_video(local_restorer(), source, tmp_path / "out", "a", settings, part=3).frames == 10
+
+
 def test_a_crash_costs_only_the_part_that_was_being_written(clip, tmp_path):
     source, network = write_clip(tmp_path / "a.mp4", clip), local_restorer()
     network.restorer.module.fail_with = RuntimeError("the driver fell over")

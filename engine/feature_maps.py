@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +28,16 @@ def encode(loaded: LoadedRestorer, image: torch.Tensor) -> Features:
 
 
 def decode(loaded: LoadedRestorer, maps: Features) -> torch.Tensor:
-    """The restored pictures [B, 3, H, W], clamped as by `tiling.restore`. Raises as `encode`, and for features of another network."""
+    """The restored pictures [B, 3, H, W], clamped as by `tiling.restore`.
+
+    Raises as `encode`, for features of another network, and for maps changed so much that the result is no picture.
+    """
     maps = replace(maps, context={**maps.context, **loaded.options})
     restored = _whole(loaded, maps.image, lambda restorer, device: features.decode(restorer, maps.to(device)))
+    if not all(bool(picture.isfinite().all()) for picture in restored):
+        raise InputError(
+            "features: the network makes NaN or infinite values of these maps; use smaller gains or amounts"
+        )
     return clamped(restored, maps.image)
 
 
@@ -81,6 +89,10 @@ def numbers(text: str, count: int, name: str) -> list[float]:
         values = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise InputError(f"{name}: {text!r} is no list of numbers such as 1, 1, 0.5") from None
+    if not all(map(math.isfinite, values)):
+        raise InputError(
+            f"{name}: {text!r} holds a number that is NaN or infinite; use ordinary ones such as 1, 1, 0.5"
+        )
     if len(values) == 1:
         values *= count
     if len(values) != count:

@@ -9,6 +9,7 @@ from comfyui_mend import models
 from comfyui_mend.engine import feature_maps, loaded, tiling
 from comfyui_mend.errors import InputError
 from comfyui_mend.models import features
+from comfyui_mend.nodes.features import DecodeFeatures, EncodeFeatures
 
 CONFIGS = {
     "nafnet": {"width": 8, "enc_blk_nums": (1, 1), "middle_blk_num": 1, "dec_blk_nums": (1, 1)},
@@ -56,8 +57,19 @@ def test_features_fit_only_the_network_that_made_them():
     encoded = features.encode(_restorer("nafnet"), torch.rand(1, 3, 16, 16))
     with pytest.raises(InputError, match="made by nafnet"):
         features.decode(_restorer("dcpt-swinir"), encoded)
+    other = models.create("nafnet", {**CONFIGS["nafnet"], "width": 4})
+    with pytest.raises(InputError, match="features: made by a NAFNet of another size"):
+        features.decode(models.Restorer(models.registry.get("nafnet"), {}, other), encoded)
     with pytest.raises(InputError, match="gains"):
         encoded.scaled([1.0])
+
+
+@pytest.mark.parametrize(("gains", "message"), [("nan", "gains: 'nan' holds a number"), ("1e38", "use smaller gains")])
+def test_gains_that_leave_no_picture_are_refused(gains, message):
+    network = loaded.wrap(_restorer("nafnet"))
+    encoded = EncodeFeatures.execute(network, torch.rand(1, 16, 16, 3))[0]
+    with pytest.raises(InputError, match=message):
+        DecodeFeatures.execute(network, encoded, gains)
 
 
 def test_a_network_without_features_is_named():

@@ -8,6 +8,7 @@ from ..engine import classify
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first
+from .inputs import held
 
 CASES = 4
 _UNCONNECTED = object()
@@ -130,7 +131,7 @@ class _Switch(io.ComfyNode):
     def _chosen(cls, degradation: Any, confidence: float, given: dict[str, Any]) -> str:
         """Name of the input to pass on."""
         cases = [given.get(f"labels_{case}", "") for case in range(1, CASES + 1)]
-        index = classify.choose(degradation, cases, confidence)
+        index = classify.choose(held("degradation", degradation), cases, confidence)
         name = f"{cls.WORD}_{index + 1}" if index is not None else "otherwise"
         return name if given.get(name, _UNCONNECTED) is not _UNCONNECTED else "otherwise"
 

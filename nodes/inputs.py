@@ -30,6 +30,13 @@ def chosen(name: str, value: Any, options: Iterable[str]) -> Any:
     return value
 
 
+def held(name: str, value: Any) -> Any:
+    """The value of a required input; raises InputError for None, which Hold Per Shot passes for what it was not given."""
+    if value is None:
+        raise InputError(f"{name}: Hold Per Shot was given none to hold; connect one there, or straight to this input")
+    return value
+
+
 def check_choices(node: type[io.ComfyNode], **values: Any) -> None:
     """Raises InputError, when the node runs, for a value that the menu of this name in `node` does not offer.
 

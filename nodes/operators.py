@@ -10,7 +10,7 @@ from ..guidance import operators
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first, colours_first, connected_mask
-from .inputs import check_choices, seed_input
+from .inputs import check_choices, held, seed_input
 
 CATEGORY = "Mend/zero-shot/operators"
 
@@ -308,7 +308,8 @@ class OperatorFromDegradation(io.ComfyNode):
 
     @classmethod
     def execute(cls, degradation, image, factor=4) -> io.NodeOutput:
-        operator, noise, text = build.from_label(classify.overall(degradation)[0], colours_first(image), factor)
+        label, _ = classify.overall(held("degradation", degradation))
+        operator, noise, text = build.from_label(label, colours_first(image), factor)
         return io.NodeOutput(operator, as_image(measured.footprint(operator)[None]), noise, text)
 
 

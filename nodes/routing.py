@@ -9,7 +9,7 @@ from ..models import moce_routing
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first
-from .inputs import seed_input
+from .inputs import held, seed_input
 
 ACTIONS = ["force", "blend", "ban", "freeze frame", "average batch"]
 
@@ -88,7 +88,7 @@ class EditRouting(io.ComfyNode):
 
     @classmethod
     def execute(cls, routing, action="force", experts="3", blocks="all", frame=0) -> io.NodeOutput:
-        return io.NodeOutput(moce_routing.edit(routing, action, experts, blocks, frame))
+        return io.NodeOutput(moce_routing.edit(held("routing", routing), action, experts, blocks, frame))
 
 
 class RoutingReport(io.ComfyNode):
@@ -112,6 +112,7 @@ class RoutingReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, routing) -> io.NodeOutput:
+        held("routing", routing)
         maps = torch.cat([report.routing_map(routing, i) for i in range(len(routing))])
         return io.NodeOutput(as_image(maps), moce_routing.describe(routing))
 

@@ -6,7 +6,7 @@ from ..engine import degradations
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first, connected_mask
-from .inputs import one_of
+from .inputs import held, one_of
 
 
 class EncodeDegradation(io.ComfyNode):
@@ -132,7 +132,7 @@ class MixDegradations(io.ComfyNode):
 
     @classmethod
     def execute(cls, first, second, amount=0.5) -> io.NodeOutput:
-        return io.NodeOutput(first.mix(second, amount))
+        return io.NodeOutput(held("first", first).mix(held("second", second), amount))
 
 
 class PromptWeights(io.ComfyNode):
@@ -156,7 +156,7 @@ class PromptWeights(io.ComfyNode):
 
     @classmethod
     def execute(cls, restorer, degradation) -> io.NodeOutput:
-        weights = degradations.prompt_weights(restorer, degradation)
+        weights = degradations.prompt_weights(restorer, held("degradation", degradation))
         return io.NodeOutput(as_image(degradations.prompt_picture(weights)), degradations.prompt_text(weights))
 
 

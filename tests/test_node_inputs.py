@@ -77,6 +77,20 @@ def test_a_data_set_is_made_again_when_photographs_were_added_and_only_then(tmp_
     assert node.fingerprint_inputs(photos=str(tmp_path / "photos"), name="mine") != first
 
 
+def test_a_decision_that_hold_per_shot_was_not_given_is_named():
+    nodes = {n.GET_SCHEMA().node_id: n for n in NODES}
+    for name, values in (
+        ("MendEditRouting", {"routing": None}),
+        ("MendRoutingReport", {"routing": None}),
+        ("MendPromptWeights", {"degradation": None, "restorer": None}),
+        ("MendMixDegradations", {"first": None, "second": None}),
+        ("MendOperatorFromDegradation", {"degradation": None, "image": None}),
+        ("MendSwitchImage", {"degradation": None, "otherwise": None}),
+    ):
+        with pytest.raises(InputError, match=f"{next(iter(values))}: Hold Per Shot was given none"):
+            nodes[name].execute(**values)
+
+
 def test_a_choice_that_comes_over_a_wire_is_checked_when_the_node_runs():
     nodes = {n.GET_SCHEMA().node_id: n for n in NODES}
     for name, values, message in (

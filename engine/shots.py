@@ -89,15 +89,18 @@ def shot_of_each(starts: Sequence[int], frames: int) -> list[int]:
     return [start for start, end in zip(starts, bounds, strict=True) for _ in range(end - start)]
 
 
-def hold(value: Any, starts: Sequence[int], frames: int) -> Any:
+def hold(name: str, value: Any, starts: Sequence[int], frames: int) -> Any:
     """A per-frame decision (a routing, a degradation) with that of a shot's first frame for all frames of the shot.
 
-    One made for a single picture holds for all frames and is returned as it is.
+    One made for a single picture holds for all frames and is returned as it is. Raises InputError for the input `name` if
+    it was made for other pictures.
     """
     if len(value) == 1:
         return value
     if len(value) != frames:
-        raise InputError(f"made for {len(value)} pictures, but the video has {frames} frames")
+        raise InputError(
+            f"{name}: made for {len(value)} pictures, but there are {frames} frames; make it from all of them, or from one"
+        )
     return value[torch.tensor(shot_of_each(starts, frames))]
 
 

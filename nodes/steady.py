@@ -89,9 +89,10 @@ class HoldPerShot(io.ComfyNode):
 
     @classmethod
     def execute(cls, shots, image, routing=None, degradation=None) -> io.NodeOutput:
+        given = {"routing": routing, "degradation": degradation}
         if routing is None and degradation is None:
-            raise InputError("connect a routing or a degradation to hold")
-        return io.NodeOutput(*(None if v is None else hold(v, shots, len(image)) for v in (routing, degradation)))
+            raise InputError("routing or degradation: connect one of them to hold")
+        return io.NodeOutput(*(None if v is None else hold(n, v, shots, len(image)) for n, v in given.items()))
 
 
 class StabiliseFrames(io.ComfyNode):

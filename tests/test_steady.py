@@ -57,14 +57,14 @@ def test_a_shot_has_its_least_length():
 def test_a_shot_holds_the_decision_of_its_first_frame(moce):
     frames = torch.cat([panda(2, (32, 32)), pan("night.jpg", 2, (32, 32), STEP, (200, 200))])
     routing = routes.route(moce, frames)
-    held = shots.hold(routing, [0, 2], 4)
+    held = shots.hold("routing", routing, [0, 2], 4)
     for frame, first in enumerate([0, 0, 2, 2]):
         assert torch.equal(held.gates[:, frame], routing.gates[:, first])
-    assert shots.hold(routing[:1], [0, 2], 4) is not None and len(shots.hold(routing[:1], [0, 2], 4)) == 1
-    with pytest.raises(InputError, match="4 pictures"):
-        shots.hold(routing, [0], 5)
+    assert len(shots.hold("routing", routing[:1], [0, 2], 4)) == 1
+    with pytest.raises(InputError, match="routing: made for 4 pictures"):
+        shots.hold("routing", routing, [0], 5)
     with pytest.raises(InputError, match="another video"):
-        shots.hold(routing, [0, 9], 4)
+        shots.hold("routing", routing, [0, 9], 4)
 
 
 def test_what_is_decided_for_a_shot_is_what_the_network_decides_for_its_first_frame(moce):

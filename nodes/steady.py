@@ -52,14 +52,15 @@ class DetectShots(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, threshold=THRESHOLD, shortest=1) -> io.NodeOutput:
-        values = scores(channels_first(image))
+        pictures = channels_first(image)
+        values = scores(pictures)
         starts = first_frames(values, threshold, shortest)
         points = list(enumerate(values))[1:] or [(0, 0.0)]
         limit = [(points[0][0], threshold), (points[-1][0], threshold)]
         figure = curves({"change": points, "threshold": limit}, "frame", "change", f"{len(starts)} shot(s)")
         ends = [start - 1 for start in starts[1:]] + [len(image) - 1]
         text = "\n".join(f"shot {n}: frames {a}-{b}" for n, (a, b) in enumerate(zip(starts, ends, strict=True), 1))
-        return io.NodeOutput(starts, image[starts], as_image(from_pil(figure)[None]), text)
+        return io.NodeOutput(starts, as_image(pictures[starts]), as_image(from_pil(figure)[None]), text)
 
 
 class HoldPerShot(io.ComfyNode):

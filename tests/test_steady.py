@@ -178,6 +178,7 @@ def test_the_nodes_work_together_and_change_no_input(moce):
     starts, first, figure, text = DetectShots.execute(clip).args
     assert starts == [0, 3] and torch.equal(first, clip[[0, 3]]) and figure.ndim == 4
     assert text == "shot 1: frames 0-2\nshot 2: frames 3-5"
+    assert DetectShots.execute(clip.half())[1].dtype == torch.float32
     held, nothing = HoldPerShot.execute(starts, clip, routing=routes.route(moce, clip.movedim(-1, 1))).args
     assert len(held) == 6 and nothing is None
     (steady,) = StabiliseFrames.execute(clip, shots=starts).args

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ..errors import InputError
 from ..models.degradation import Degradation
 from .mix import low_frequencies
-from .report import match_size
+from .report import coloured_as, match_size
 from .values import check_mask, check_values, clamped
 
 
@@ -47,16 +47,17 @@ def softened(weight: torch.Tensor, sigma: float) -> torch.Tensor:
 def blend(first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """(1 - weight) first + weight second, clamped to 0..1; values above white stay if one of the pictures has some.
 
-    first [B, C, H, W]; second is brought to its size; batches of one are repeated. weight: [B or 1, 1, H or 1, W or 1].
-    Raises InputError for other batches and for values that are not finite.
+    first [B, C, H, W]; second is brought to its size, a grey one to the other's colours; batches of one are
+    repeated. weight: [B or 1, 1, H or 1, W or 1]. Raises InputError for other batches and for values that are not finite.
     """
     check_values(first, "first")
     check_values(second, "second")
+    first, second = coloured_as(first, second), coloured_as(second, first)
     channels = min(first.shape[1], second.shape[1])
     batch = max(len(first), len(second), len(weight))
     if any(n not in (1, batch) for n in (len(first), len(second), len(weight))):
         counts = f"{len(first)} and {len(second)} pictures with {len(weight)} masks"
-        raise InputError(f"cannot blend {counts}: use as many of each, or one")
+        raise InputError(f"first, second and mask: cannot blend {counts}; use as many of each, or one")
     a = first[:, :channels].float()
     b = match_size(second[:, :channels].float(), first).to(a.device)
     weight = weight.to(a)

@@ -148,6 +148,8 @@ def paste(
         if face.picture < 0:
             continue
         crop = crops[index][None].to(target).float()
+        if channels == 1 and crop.shape[1] >= 3:
+            crop = crop[:, :3].mean(dim=1, keepdim=True)
         crop = crop[:, :channels] if crop.shape[1] >= channels else crop[:, :1].expand(-1, channels, -1, -1)
         height, width = crop.shape[-2:]
         quad = apply(inverse(face.to_crop), corners(1, 1))

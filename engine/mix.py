@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 from . import host
-from .report import matched
+from .report import coloured_as, matched
 from .values import as_batch, ceiling, check_mask, check_values
 
 
@@ -62,13 +62,15 @@ def mix(
     original [B, C, h, w] is scaled to restored [B, C, H, W]; mask [B or 1, H', W'] in 0..1. structure and detail weigh
     the change below and above a low-pass of `split` pixels, Gaussian or (bands "guided") one that keeps to the edges of the
     restored picture, so that neither bleeds over them; colour_anchor pulls the very low frequencies (a thirtieth
-    of the picture) back to the original's. Values outside 0..2 extrapolate. Returns [B, C, H, W], clamped to 0..1, or to
+    of the picture) back to the original's. Values outside 0..2 extrapolate. A grey picture mixes with a coloured one as
+    three equal colours. Returns [B, C, H, W], clamped to 0..1, or to
     0 and up for pictures with values above white. Raises InputError for what cannot be mixed.
     """
     if bands not in FILTERS:
         raise InputError(f"bands: {bands!r} is not one of {', '.join(FILTERS)}")
     check_values(original, "original")
     check_values(restored, "restored")
+    original, restored = coloured_as(original, restored), coloured_as(restored, original)
     channels, count = min(original.shape[1], restored.shape[1]), len(restored)
     if len(original) not in (1, count):
         raise InputError(f"original: {len(original)} pictures, but restored has {count}")

@@ -157,6 +157,8 @@ def test_transparency_and_grey_pictures_stay_what_they_are():
         assert crops.shape[1] == min(channels, 3)
         pasted, _ = fc.paste(pictures, 1 - crops, faces)
         assert pasted.shape == pictures.shape and (channels == 1 or torch.equal(pasted[:, 3], pictures[:, 3]))
+    grey, crops = torch.rand(1, 1, 110, 140), torch.rand(1, 3, 64, 64)
+    assert torch.equal(fc.paste(grey, crops, faces)[0], fc.paste(grey, crops.mean(dim=1, keepdim=True), faces)[0])
 
 
 def test_pictures_without_faces_stop_with_advice_or_carry_on_untouched():

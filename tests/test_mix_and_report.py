@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from comfyui_mend.engine import alpha, folders, host, mix, report
+from comfyui_mend.engine import alpha, blend, folders, host, mix, report
 from comfyui_mend.errors import Cancelled, InputError
 from comfyui_mend.nodes.degrade import DegradeImage
 from comfyui_mend.nodes.inspect import CompareImages, ImageMetrics, ReportPage
@@ -20,6 +20,13 @@ def test_strength_runs_from_the_original_to_the_restoration() -> None:
     assert torch.allclose(mix.mix(original, restored, strength=1.0), restored, atol=1e-6)
     half = mix.mix(original, restored, strength=0.5)
     assert torch.allclose(half, (original + restored) / 2, atol=1e-6)
+
+
+def test_a_grey_picture_mixes_with_a_coloured_one_in_all_colours() -> None:
+    grey, colour = torch.rand(1, 1, 8, 8), torch.rand(1, 3, 8, 8)
+    for pair in ((grey, colour), (colour, grey)):
+        assert torch.allclose(mix.mix(*pair, strength=0.5), (grey + colour) / 2, atol=1e-6)
+        assert torch.allclose(blend.blend(*pair, torch.full((1, 1, 1, 1), 0.5)), (grey + colour) / 2, atol=1e-6)
 
 
 def test_a_mask_says_where_whatever_its_size() -> None:

@@ -8,7 +8,7 @@ from ..engine import classify
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first
-from .inputs import held
+from .inputs import above, held
 
 CASES = 4
 _UNCONNECTED = object()
@@ -78,6 +78,8 @@ class ClassifyDegradation(io.ComfyNode):
 
     @classmethod
     def execute(cls, classifier, image, window=0, grid=5, labels="", network=None) -> io.NodeOutput:
+        above(-1, window=window)
+        above(0, grid=grid)
         names = [name.strip() for name in labels.split(",") if name.strip()]
         found = classify.classify(classifier, channels_first(image), network, labels=names, window=window, grid=grid)
         return io.NodeOutput(found, classify.overall(found)[0], as_image(classify.charts(found)), found.report())

@@ -9,7 +9,7 @@ from ..engine import zero_shot
 from ..errors import InputError
 from ..guidance import cm4ir, schedules
 from .api import advanced, io
-from .inputs import check_choices, seed_input
+from .inputs import check_choices, seed_input, within
 from .zero_shot_inputs import (
     CATEGORY,
     STEPS,
@@ -201,6 +201,7 @@ class MixNoise(io.ComfyNode):
 
     @classmethod
     def execute(cls, guided, x, x0, sigmas, index=0, seed=0, eta=0.1, noise_sign="turned round") -> io.NodeOutput:
+        within(0, 1, eta=eta)
         check_choices(cls, noise_sign=noise_sign)
         sigma, following = levels_at(sigmas, index)
         if following is None:
@@ -263,6 +264,7 @@ class Cm4irStep(io.ComfyNode):
         delta_in_scalings=False,
         noise_sign="turned round",
     ) -> io.NodeOutput:
+        within(0, 1, eta=eta)
         check_choices(cls, noise_sign=noise_sign)
         sigma, following = levels_at(sigmas, index)
         noisy = state_of("x", x, prior, _NOISY, measurement)

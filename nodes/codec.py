@@ -18,7 +18,7 @@ from ..errors import InputError
 from . import sockets
 from .api import advanced, io, ui
 from .images import as_image, channels_first
-from .inputs import ModelFile, accepted, check_choices, fingerprint, model_input, one_of
+from .inputs import ModelFile, above, accepted, check_choices, fingerprint, model_input, one_of
 
 BY = ["quality", "bits per pixel", "file size"]
 
@@ -142,6 +142,8 @@ class EncodeBitstream(io.ComfyNode):
 
     @classmethod
     def execute(cls, codec, image, by="quality", quality=32, bits_per_pixel=0.5, kilobytes=50.0, tile=1024):
+        above(-1, tile=tile)
+        above(0, bits_per_pixel=bits_per_pixel, kilobytes=kilobytes)
         check_choices(cls, by=by)
         pictures, streams = _pictures(image), []
         pixels = pictures.shape[-2] * pictures.shape[-1]
@@ -297,6 +299,7 @@ class CompressRestore(io.ComfyNode):
 
     @classmethod
     def execute(cls, codec, image, quality=32, tile=1024) -> io.NodeOutput:
+        above(-1, tile=tile)
         pictures, streams, decoded = _pictures(image), [], []
         for number, picture in enumerate(pictures):
             with host.part_of_progress(2 * number, 2 * len(pictures)):

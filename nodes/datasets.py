@@ -11,7 +11,7 @@ from ..training import datasets
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first
-from .inputs import accepted, fingerprint, first_problem
+from .inputs import above, accepted, fingerprint, first_problem
 
 CATEGORY = "Mend/training"
 SLOTS = 4
@@ -78,6 +78,7 @@ def _dataset_outputs() -> list[io.Output]:
 
 
 def _show(source: datasets.Source, shown: int, crop: int) -> io.NodeOutput:
+    above(0, shown=shown, crop=crop)
     return io.NodeOutput(source, as_image(train.preview(source, crop, shown, seed=0)), datasets.describe(source))
 
 

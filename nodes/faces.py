@@ -7,7 +7,7 @@ from ..engine import faces as faces_module
 from . import sockets
 from .api import advanced, io
 from .images import as_image, as_mask, channels_first, connected_mask
-from .inputs import chosen, one_of
+from .inputs import above, chosen, one_of
 
 COLOURS = ["none", *colours.METHODS]
 WITHOUT_FACES = ["stop", "carry on"]
@@ -160,6 +160,7 @@ class AlignFaces(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, faces, size=512, context=1.0, without_faces="stop") -> io.NodeOutput:
+        above(0, size=size, context=context)
         pictures = channels_first(image)
         if chosen("without_faces", without_faces, WITHOUT_FACES) == "carry on" and not len(faces):
             faces = faces_module.nobody(pictures)

@@ -8,7 +8,7 @@ from . import sockets
 from .api import advanced, io
 from .cm4ir import BackProject, Cm4irSigmas, Cm4irStep, MixNoise, PredictClean, StartFromMeasurement
 from .images import as_image
-from .inputs import ModelFile, check_choices, model_input, precision_input, seed_input
+from .inputs import ModelFile, check_choices, model_input, precision_input, seed_input, within
 from .rdmd import RdmdSigmas, RdmdStart, RdmdStep, RdmdStrip, Regularise
 from .zero_shot_inputs import (
     CATEGORY,
@@ -200,6 +200,8 @@ class ZeroShotRestore(io.ComfyNode):
         renewal=-1.0,
         result=zero_shot.AUTOMATIC,
     ) -> io.NodeOutput:
+        within(0, 1, eta=eta)
+        within(-1, 1, renewal=renewal)
         check_choices(cls, scheme=scheme, preset=preset, noise_sign=noise_sign, result=result)
         if scheme == "RDMD":
             fresh = None if renewal < 0 else renewal

@@ -47,6 +47,23 @@ def check_choices(node: type[io.ComfyNode], **values: Any) -> None:
         chosen(name, value, menus[name])
 
 
+def above(limit: float, **values: float) -> None:
+    """Raises InputError, when the node runs, for a number that is not above `limit`, or NaN.
+
+    ComfyUI lets any number through that comes by a wire. Widgets end somewhere; this is for where a meaning ends.
+    """
+    for name, value in values.items():
+        if not value > limit:
+            raise InputError(f"{name}: {value}, but a number above {limit} is needed; change what is connected to it")
+
+
+def within(low: float, high: float, **values: float) -> None:
+    """As `above`, for a number that is not in low..high."""
+    for name, value in values.items():
+        if not low <= value <= high:
+            raise InputError(f"{name}: {value} is not within {low} and {high}; change what is connected to it")
+
+
 def accepted(check: Callable[[Any], Any], value: Any) -> bool | str:
     """What `validate_inputs` returns where `check(value)` raises if it refuses the value; None as for `one_of`."""
     try:

@@ -6,6 +6,7 @@ from ..engine import describe, folders, host, html_report, quality, report
 from . import sockets
 from .api import advanced, io, ui
 from .images import as_image, channels_first
+from .inputs import above
 
 
 class CompareImages(io.ComfyNode):
@@ -221,6 +222,7 @@ class ReportPage(io.ComfyNode):
         restorer=None,
         text=None,
     ) -> io.NodeOutput:
+        above(0, largest=largest)
         first, second = channels_first(before), channels_first(after)
         clean = None if reference is None else channels_first(reference)
         with host.part_of_progress(0, 2):

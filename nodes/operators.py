@@ -10,7 +10,7 @@ from ..guidance import operators
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first, colours_first, connected_mask
-from .inputs import check_choices, held, seed_input
+from .inputs import above, check_choices, held, seed_input
 
 CATEGORY = "Mend/zero-shot/operators"
 
@@ -61,6 +61,7 @@ class OperatorDownsample(io.ComfyNode):
 
     @classmethod
     def execute(cls, kind="bicubic", factor=4.0) -> io.NodeOutput:
+        above(0, factor=factor)
         check_choices(cls, kind=kind)
         return _built(build.downsampling(kind, factor))
 

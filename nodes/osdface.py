@@ -8,7 +8,7 @@ from . import sockets
 from .api import advanced, io
 from .faces import COLOURS
 from .images import as_image, channels_first
-from .inputs import accepted, chosen, fingerprint, first_problem, one_of, seed_input
+from .inputs import accepted, chosen, fingerprint, first_problem, one_of, seed_input, within
 
 CATEGORY = "Mend/faces/OSDFace"
 IN_TOKENIZER = "in the tokenizer's file"
@@ -190,6 +190,7 @@ class OneStepSigmas(io.ComfyNode):
 
     @classmethod
     def execute(cls, timestep=OSDFACE_TIMESTEP) -> io.NodeOutput:
+        within(0, 999, timestep=timestep)
         return io.NodeOutput(osdface.sigmas(timestep))
 
 
@@ -211,6 +212,7 @@ class OneStepLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent, timestep=OSDFACE_TIMESTEP) -> io.NodeOutput:
+        within(0, 999, timestep=timestep)
         return io.NodeOutput({**latent, "samples": osdface.prescaled(latent["samples"], timestep)})
 
 

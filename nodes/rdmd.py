@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..guidance import rdmd, schedules
 from .api import advanced, io
 from .images import as_image
-from .inputs import seed_input
+from .inputs import above, seed_input, within
 from .zero_shot_inputs import (
     CATEGORY,
     STEPS,
@@ -136,6 +136,7 @@ class RdmdStep(io.ComfyNode):
     def execute(
         cls, prior, measurement, u, x, index=0, seed=0, iterations=100, tau=0.5, weight=20.0, renewal=-1.0
     ) -> io.NodeOutput:
+        within(-1, 1, renewal=renewal)
         settings = zero_shot.Rdmd(iterations, tau, weight, None if renewal < 0 else renewal)
         if index >= iterations:
             raise InputError(f"index: {index}, but there are {iterations} iterations (0..{iterations - 1})")
@@ -231,6 +232,7 @@ class RdmdStrip(io.ComfyNode):
 
     @classmethod
     def execute(cls, prior, measurement, seed=0, count=3, iterations=100) -> io.NodeOutput:
+        above(1, count=count)
         results, taus = [], [k / (count - 1) for k in range(count)]
         for k, tau in enumerate(taus):
             with host.part_of_progress(k, count):

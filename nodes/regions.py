@@ -7,6 +7,7 @@ from ..engine.pictures import false_colour
 from . import sockets
 from .api import advanced, io
 from .images import as_image, as_mask, channels_first, connected_mask
+from .inputs import above
 
 
 def _shape_inputs(threshold: float, softness: float, what: str) -> list[io.Input]:
@@ -120,6 +121,8 @@ class RegionFromDegradation(io.ComfyNode):
         grid=8,
         network=None,
     ) -> io.NodeOutput:
+        above(-1, window=window)
+        above(0, grid=grid)
         found, label = regions.degradation_map(
             classifier, channels_first(image), label.strip(), network, window=window, grid=grid
         )

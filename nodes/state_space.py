@@ -9,7 +9,7 @@ from ..models.mambairv2 import ROUTE_MODES
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first
-from .inputs import Precision, chosen, one_of, precision_input, seed_input
+from .inputs import Precision, above, chosen, one_of, precision_input, seed_input
 
 MODES = list(ROUTE_MODES)
 BACKENDS = ["auto", *kernels.NAMES]
@@ -206,6 +206,7 @@ class OfficialTiling(Precision, io.ComfyNode):
 
     @classmethod
     def execute(cls, restorer, image, threshold=official_tiling.THRESHOLD, precision="fp32") -> io.NodeOutput:
+        above(0, threshold=threshold)
         restored = official_tiling.restore(restorer, channels_first(image), precision=precision, threshold=threshold)
         return io.NodeOutput(as_image(restored))
 

@@ -7,7 +7,7 @@ from ..training import finetune
 from . import sockets
 from .api import ExecutionBlocker, advanced, io
 from .images import as_image
-from .inputs import first_problem, one_of, seed_input
+from .inputs import above, first_problem, one_of, seed_input
 
 CATEGORY = "Mend/training"
 
@@ -137,6 +137,7 @@ class TrainRestorer(io.ComfyNode):
         objective=None,
         freeze="",
     ) -> io.NodeOutput:
+        above(0, learning_rate=learning_rate)
         done = train.train(
             restorer,
             dataset,

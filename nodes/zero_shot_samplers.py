@@ -6,7 +6,7 @@ from ..engine import comfy_sampling, zero_shot
 from ..errors import InputError
 from . import sockets
 from .api import advanced, io
-from .inputs import accepted, check_choices
+from .inputs import accepted, check_choices, within
 from .rdmd import rdmd_weights, renewal_input
 from .zero_shot_inputs import (
     eta_input,
@@ -143,6 +143,7 @@ class SamplerCm4ir(io.ComfyNode):
         deltas="",
         delta_in_scalings=False,
     ) -> io.NodeOutput:
+        within(0, 1, eta=eta)
         check_choices(cls, noise_sign=noise_sign)
         comfy_sampling.need_comfyui("CM4IR Sampler")
         settings = zero_shot.Cm4ir(zeta, eta, mu, sign_of(noise_sign), _numbers(deltas), delta_in_scalings)
@@ -179,6 +180,7 @@ class SamplerRdmd(io.ComfyNode):
     def execute(
         cls, measurement, tau=0.5, weight=20.0, renewal=-1.0, result=zero_shot.AUTOMATIC, vae=None
     ) -> io.NodeOutput:
+        within(-1, 1, renewal=renewal)
         check_choices(cls, result=result)
         comfy_sampling.need_comfyui("RDMD Sampler")
         settings = zero_shot.Rdmd(tau=tau, weight=weight, renewal=None if renewal < 0 else renewal, output=result)

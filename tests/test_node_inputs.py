@@ -6,6 +6,7 @@ import inspect
 import os
 
 import pytest
+import torch
 
 from comfyui_mend.engine import folders
 from comfyui_mend.errors import InputError
@@ -89,6 +90,49 @@ def test_a_decision_that_hold_per_shot_was_not_given_is_named():
     ):
         with pytest.raises(InputError, match=f"{next(iter(values))}: Hold Per Shot was given none"):
             nodes[name].execute(**values)
+
+
+def test_a_number_without_meaning_that_comes_over_a_wire_is_named():
+    nodes = {n.GET_SCHEMA().node_id: n for n in NODES}
+    needed = {
+        "MendAlignFaces": ["image", "faces"],
+        "MendClassifyDegradation": ["classifier", "image"],
+        "MendCompressRestore": ["codec", "image"],
+        "MendEncodeBitstream": ["codec", "image"],
+        "MendMixNoise": ["guided", "x", "x0", "sigmas"],
+        "MendOfficialTiling": ["restorer", "image"],
+        "MendOneStepLatent": ["latent"],
+        "MendRDMDStep": ["prior", "measurement", "u", "x"],
+        "MendRDMDStrip": ["prior", "measurement"],
+        "MendRegionFromDegradation": ["classifier", "image"],
+        "MendReportPage": ["before", "after"],
+        "MendTrainRestorer": ["restorer", "dataset"],
+        "MendZeroShotRestore": ["prior", "measurement"],
+    }
+    for name, slot, value in (
+        ("MendAlignFaces", "size", 0),
+        ("MendAlignFaces", "context", 0.0),
+        ("MendClassifyDegradation", "window", -1),
+        ("MendClassifyDegradation", "grid", 0),
+        ("MendCompressRestore", "tile", -1),
+        ("MendEncodeBitstream", "tile", -1),
+        ("MendMixNoise", "eta", 2.0),
+        ("MendOfficialTiling", "threshold", 0),
+        ("MendOneStepLatent", "timestep", 1000),
+        ("MendOneStepSigmas", "timestep", -1),
+        ("MendOperatorDownsample", "factor", 0.0),
+        ("MendOperatorDownsample", "factor", float("nan")),
+        ("MendRDMDStep", "renewal", 2.0),
+        ("MendRDMDStrip", "count", 1),
+        ("MendRegionFromDegradation", "window", -1),
+        ("MendReportPage", "largest", 0),
+        ("MendTrainRestorer", "learning_rate", -1.0),
+        ("MendZeroShotRestore", "eta", 1.5),
+    ):
+        with pytest.raises(InputError, match=f"^{slot}: {value}"):
+            nodes[name].execute(**dict.fromkeys(needed.get(name, ())), **{slot: value})
+    with pytest.raises(InputError, match="^crop: 0"):
+        nodes["MendDatasetFromImages"].execute(torch.rand(1, 32, 32, 3), crop=0)
 
 
 def test_a_choice_that_comes_over_a_wire_is_checked_when_the_node_runs():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..engine import host, zero_shot
+from ..engine.values import check_values
 from ..errors import InputError
 from ..guidance.measurement import Measurement
 from . import sockets
@@ -34,10 +35,11 @@ def state_of(
     maker: str,
     measurement: Measurement | None = None,
 ) -> torch.Tensor:
-    """The state [B, C, h, w] in the LATENT of the input `name`, of the pictures of `measurement` if there is one.
+    """The state [B, C, h, w], float32, in the LATENT of the input `name`, of the pictures of `measurement` if there is one.
 
     A prior in pixels needs [B, 3, H, W]; of one on latents (a MODEL with its VAE) only the batch is known here. One
-    measurement serves any number of states. Raises InputError, which says to take the LATENT from `maker`.
+    measurement serves any number of states. Raises InputError, which says to take the LATENT from `maker`, and for values
+    that are NaN, infinite or absurd.
     """
     samples = latent["samples"]
     count, *size = (None, None, None) if measurement is None else (len(measurement.y), *measurement.size)
@@ -50,7 +52,8 @@ def state_of(
             f"{name}: a LATENT of {_shape(samples.shape)} (pictures, channels, height, width), but needed is "
             f"{_shape(needed)}, {space}; take it from {maker}"
         )
-    return samples
+    check_values(samples, name)
+    return samples.float()
 
 
 def check_same_shape(maker: str, **states: torch.Tensor) -> None:

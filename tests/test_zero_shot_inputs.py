@@ -102,6 +102,21 @@ def test_one_measurement_serves_many_states_and_a_prior_on_latents_has_its_own_s
         guidance.BackProject.execute(OnLatents(vae=object()), SEEN, latent(3, 4, 1, 2))
 
 
+@pytest.mark.parametrize("name", [*OF_THE_PRIOR, *OF_THE_MEASUREMENT])
+def test_a_latent_of_values_that_cannot_be_computed_with_is_refused_under_its_name(name: str) -> None:
+    _, attempt = {**OF_THE_PRIOR, **OF_THE_MEASUREMENT}[name]
+    with pytest.raises(InputError, match=f"^{name.split()[1]}: 576 values are NaN"):
+        attempt({"samples": torch.full((2, 3, 8, 12), float("nan"))})
+
+
+def test_a_latent_in_half_precision_meets_any_operator() -> None:
+    smaller = measurement.measure(build.downsampling("any scale", 2.0), torch.rand(1, 3, 8, 12))
+    x0 = {"samples": torch.rand(1, 3, 8, 12).half()}
+    guided, _ = guidance.BackProject.execute(Identity(), smaller, x0).result
+    whole, _ = guidance.BackProject.execute(Identity(), smaller, {"samples": x0["samples"].float()}).result
+    assert torch.equal(guided["samples"], whole["samples"])
+
+
 @pytest.mark.parametrize("height", [80, 40])
 @pytest.mark.parametrize("where", ["alone", "after a blur", "before a blur", "after shrinking"])
 def test_a_mask_takes_the_size_of_the_picture_that_it_meets(where: str, height: int, caplog) -> None:

@@ -163,6 +163,14 @@ def test_the_empty_mask_of_loadimage_marks_nothing_and_scattered_pixels_stay_sin
     assert torch.equal(found.operator.mask, as_published.mask)
 
 
+def test_nothing_follows_compressed_sensing() -> None:
+    sensed = build.compressed_sensing(64, 1.0, 0)
+    for first in (sensed, build.compose(build.blur("gaussian", 9, 2.0, 2.0, 0.0, "reflect"), sensed)):
+        with pytest.raises(InputError, match="first: what compressed sensing measures is no picture"):
+            build.compose(first, build.downsampling("bicubic", 4))
+    assert build.compose(sensed, operators.Denoising()).output_size(64, 64) == (1, 4096)
+
+
 def test_masks_belong_to_all_pictures_or_one_to_each() -> None:
     masks = torch.zeros(3, 8, 8)
     operator = operator_nodes.OperatorInpaint.execute(masks).result[0]

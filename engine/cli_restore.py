@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import MendError
-from . import host, loaded, model_folder, tiling
+from . import host, loaded, mix, model_folder, tiling
 from .photos import STARTER, read_photo, write_photo
 
 
@@ -51,7 +51,7 @@ def _restore(restorer: loaded.LoadedRestorer, photo: Path, args: argparse.Namesp
         try:
             with torch.inference_mode():
                 restored = tiling.restore(restorer, image, tile=args.tile, precision=args.precision)
-                return torch.lerp(image, restored, args.strength)[0] if restorer.restorer.scale == 1 else restored[0]
+                return (restored if args.strength == 1 else mix.mix(image, restored, strength=args.strength))[0]
         finally:
             host.set_hooks()
 
@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where results go (default: beside each photo)")
     parser.add_argument("--format", choices=[".png", ".jpg", ".webp", ".tif"], help="file format of the results")
-    parser.add_argument("--strength", type=float, default=1.0, help="0 the original, 1 the restoration (default)")
+    parser.add_argument(
+        "--strength", type=float, default=1.0, help="0 the original, 1 the restoration (default), above 1 exaggerated"
+    )
     parser.add_argument("--tile", type=int, default=0, help="side of a tile in pixels (default: by free memory)")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     parser.add_argument("--device", help="where to compute, as PyTorch names it (default: the best there is)")

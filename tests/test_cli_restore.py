@@ -58,3 +58,13 @@ def test_written_photos_come_back_as_they_were(tmp_path) -> None:
     image = torch.randint(0, 256, (4, 9, 7)) / 255
     write_photo(image, tmp_path / "sub" / "a.png")
     assert torch.allclose(read_photo(tmp_path / "sub" / "a.png")[0], image, atol=1e-6)
+
+
+def test_strength_counts_for_networks_that_enlarge_too(tmp_path) -> None:
+    Image.new("RGB", (24, 16), (90, 120, 30)).save(tmp_path / "a.png")
+    command = ["restore", str(tmp_path / "a.png"), "--model", "mend-mair-x2-starter.safetensors", "--strength"]
+    for strength in ("0", "1"):
+        assert main([*command, strength, "--output", str(tmp_path / strength)]) == 0
+    none, full = (read_photo(tmp_path / strength / "a-restored.png") for strength in ("0", "1"))
+    assert none.shape == full.shape == (1, 3, 32, 48) and not torch.equal(none, full)
+    assert torch.allclose(none, read_photo(tmp_path / "a.png")[..., :1, :1].expand_as(none), atol=0.005)

@@ -20,8 +20,8 @@ COMMANDS = {
     "encode": ("codec.cli:encode", "compress pictures into bitstreams"),
     "decode": ("codec.cli:decode", "decompress bitstreams, restoring while decoding"),
     "batch": ("nodes.cli_batch:main", "run a workflow for every picture of a folder, here or on a cluster"),
-    "train": ("training.cli:main", "train a network"),
-    "bench": ("bench.cli:main", "measure speed and memory"),
+    "train": ("training.cli:main", "train networks, make data sets"),
+    "bench": ("bench.cli:main", "measure speed, memory and quality"),
 }
 
 

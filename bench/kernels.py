@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+from ..engine import host
 from ..kernels import backends, use_backend
 from ..kernels.linear_attention import linear_attention
 from ..kernels.selective_scan import _unfused, selective_scan, state_space_2d
@@ -262,7 +263,7 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = host.named_device(args.device)
     clock = Clock(device, args.processor_time and device.type == "cpu", args.repeat)
     names = args.backend or [s.name for s in backends(device) if s.available and s.name != "reference"]
     bandwidth, peak = copy_bandwidth(clock, device), peak_flops(clock, device)

@@ -18,7 +18,7 @@ from .. import models
 from ..engine import host, loaded, model_folder, tiling
 from ..errors import Cancelled
 from . import machine
-from .restorer import networks
+from .restorer import check_ids, networks
 
 HEAD = (
     "| network | parameters | picture | tile | tiles done | whole process, peak GB | of which before the network runs | seconds |\n"
@@ -39,7 +39,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _released(only: Sequence[str]) -> Iterator[str]:
-    """The first released setting of every network, or of those named, as "ID/SETTING"."""
+    """The first released setting of every network, or of those named, as "ID/SETTING". Raises InputError for others."""
+    check_ids(only)
     for architecture in models.registry.architectures():
         if architecture.kind == "restorer" and (not only or architecture.id in only):
             yield f"{architecture.id}/{next(iter(architecture.variants))}"

@@ -32,6 +32,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from .. import models
+from ..errors import InputError
 from ..kernels.selective_scan import selective_scan
 from ..models.airnet import modulated_deformable_convolution
 from . import machine
@@ -285,6 +286,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--repeat", type=int, default=3, help="rounds (3)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(arguments)
+    reference = REFERENCES[args.network]
+    if not (args.checkout / reference.root).joinpath(*reference.module.split(".")).with_suffix(".py").is_file():
+        raise InputError(
+            f"{args.checkout}: {Path(reference.root, *reference.module.split('.'))}.py is not there; name a checkout of "
+            f"https://github.com/{reference.repository}"
+        )
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(f"{machine.describe(torch.device('cpu'))}; float32, batch 1\n\n{HEADER}", flush=True)

@@ -15,6 +15,7 @@ from torch import nn
 from .. import models
 from ..engine import host, loaded, model_folder
 from ..engine.meter import PeakMemory
+from ..errors import InputError
 from . import machine
 
 
@@ -72,7 +73,11 @@ def networks(
     variants: Sequence[str] | None = None,
     kinds: Sequence[str] = ("restorer",),
 ) -> Iterator[tuple[str, models.Restorer]]:
-    """Name and network of model files, or without any of every released setting with random weights."""
+    """Name and network of model files, or without any of every released setting with random weights.
+
+    Raises InputError for ids of no network.
+    """
+    check_ids(only, kinds)
     for file in files or []:
         yield file, loaded.load(model_folder.model_path(file)).restorer
     for architecture in models.registry.architectures():
@@ -82,6 +87,14 @@ def networks(
             if not variants or variant in variants:
                 module = _module(architecture, config)
                 yield f"{architecture.id} {variant}", models.Restorer(architecture, config, module)
+
+
+def check_ids(ids: Sequence[str] | None, kinds: Sequence[str] = ("restorer",)) -> None:
+    """Raises InputError for one that no network of these kinds has."""
+    known = [a.id for a in models.registry.architectures() if a.kind in kinds]
+    for name in ids or []:
+        if name not in known:
+            raise InputError(f"{name!r} is no network's id; one of {', '.join(known)}")
 
 
 def _module(architecture: Any, config: Any) -> nn.Module:

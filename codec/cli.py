@@ -67,7 +67,7 @@ def decode(arguments: Sequence[str]) -> int:
 def _parser(name: str, what: str, inputs: str, one: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"mend {name}", description=what)
     parser.add_argument(inputs, nargs="+", type=Path, metavar=one)
-    parser.add_argument("--model", help="a codec file; to decode, the same again")
+    parser.add_argument("--model", help=f"a codec file; to decode, the same again; {model_folder.NAMES}")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where results go (default: beside each file)")
     parser.add_argument("--device", help="where to compute, as PyTorch names it (default: the best there is)")
     parser.add_argument("--force", action="store_true", help="write over results that exist")
@@ -77,7 +77,7 @@ def _parser(name: str, what: str, inputs: str, one: str) -> argparse.ArgumentPar
 def _codec(args: argparse.Namespace) -> compress.LoadedRestorer:
     host.set_device(args.device)
     if args.model is None:
-        raise MendError("name the codec's file with --model")
+        raise MendError("name the codec's file with --model; mend-aio-codec-starter.safetensors comes with Mend")
     return compress.load(model_folder.model_path(args.model))
 
 

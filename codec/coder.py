@@ -41,6 +41,15 @@ def _plan(height: int, width: int, tile: int, overlap: int) -> tuple[Axis, Axis]
     return axes[0], axes[1]
 
 
+def check_tile(tile: int, overlap: int) -> None:
+    """Raises InputError for a plan that no picture can be cut by."""
+    if tile % LATENT_STRIDE or not 0 <= tile <= LARGEST_SIDE or overlap < 0 or (tile and overlap >= tile):
+        raise InputError(
+            f"tile and overlap: {tile} and {overlap}; tile must be a multiple of 16 and larger than overlap, or 0 to code "
+            "the picture whole"
+        )
+
+
 def part_count(height: int, width: int, tile: int, overlap: int) -> int:
     """How many parts a picture is coded in."""
     rows, columns = _plan(height, width, tile, overlap)
@@ -110,11 +119,7 @@ def encode(
         )
     if not bool(torch.isfinite(image).all()):
         raise InputError("image: it contains NaN or infinite values")
-    if tile % LATENT_STRIDE or not 0 <= tile <= LARGEST_SIDE or overlap < 0 or (tile and overlap >= tile):
-        raise InputError(
-            f"tile and overlap: {tile} and {overlap}; tile must be a multiple of 16 and larger than overlap, or 0 to code "
-            "the picture whole"
-        )
+    check_tile(tile, overlap)
     device = codec.refine.weight.device
     index = check_quality(quality, 1, device)
     height, width = image.shape[1:]

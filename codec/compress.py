@@ -43,6 +43,7 @@ def compress(
 
     Tiles are halved if memory runs out. Raises InputError, OutOfMemoryError, MissingDependency.
     """
+    coder.check_tile(tile, overlap)
     image = rgb(image)
     height, width = image.shape[1:]
     side = min(tile or max(height, width), max(height, width))

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mend restore", description="Restores photos of any size.")
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO")
     parser.add_argument(
-        "--model", default=STARTER, help="a model file, or a name from `mend models list` (default: the starter)"
+        "--model", default=STARTER, help=f"a model file; {model_folder.NAMES} (default: the starter, {STARTER})"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where results go (default: beside each photo)")
     parser.add_argument("--format", choices=[".png", ".jpg", ".webp", ".tif"], help="file format of the results")

@@ -52,8 +52,22 @@ def set_hooks(
 
 
 def set_device(device: str | torch.device | None) -> None:
-    """Outside ComfyUI: compute here; None chooses by itself."""
-    _Hooks.device = None if device is None else torch.device(device)
+    """Outside ComfyUI: compute here; None chooses by itself. Raises InputError for one that is not there."""
+    _Hooks.device = None if device is None else named_device(device)
+
+
+def named_device(name: str | torch.device) -> torch.device:
+    """The device that PyTorch calls so. Raises InputError for one that is unknown, or not there."""
+    try:
+        found = torch.device(name)
+        torch.empty(1, device=found).cpu()
+    except (RuntimeError, AssertionError):  # the second from builds without CUDA
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        usable = "cpu alone" if accelerator is None else f"cpu and {accelerator.type}"
+        raise InputError(
+            f"device: {str(name)!r} cannot be used; PyTorch {torch.__version__} finds {usable} here"
+        ) from None
+    return found
 
 
 def inside_comfyui() -> bool:

@@ -13,6 +13,8 @@ from .host import PACK, inside_comfyui
 MODEL_FOLDER = "restoration"
 """Our folder below ComfyUI's models/, also searched outside ComfyUI."""
 MODEL_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".ckpt"})
+NAMES = "its name is enough if it comes with Mend or lies in a folder that MEND_MODELS names"
+"""What the command line's help says of a file's name."""
 
 
 def register_model_folder() -> None:
@@ -73,8 +75,11 @@ def model_path(name: str) -> Path:
         path = folder / name
         if path.is_file() and path.resolve().is_relative_to(folder.resolve()):
             return path
-    where = f"ComfyUI's models/{MODEL_FOLDER}" if inside_comfyui() else "a folder named in MEND_MODELS"
-    raise InputError(f"model: there is no file {name!r}; put it into {where} and refresh, or choose another")
+    if inside_comfyui():
+        advice = f"put it into ComfyUI's models/{MODEL_FOLDER} and refresh, or choose another"
+    else:
+        advice = "give its path, or put it into a folder named in the environment variable MEND_MODELS"
+    raise InputError(f"model: there is no file {name!r}; {advice}")
 
 
 def lora_files() -> list[str]:

@@ -29,6 +29,8 @@ def read_photo(path: str | Path) -> torch.Tensor:
                 values = np.asarray(picture, dtype=np.float32) / 255
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: this is a folder; name the pictures in it, or use `mend batch`") from None
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a picture that can be read ({error})") from None
     values = values[..., None] if values.ndim == 2 else values
@@ -36,12 +38,15 @@ def read_photo(path: str | Path) -> torch.Tensor:
 
 
 def write_photo(image: torch.Tensor, path: str | Path) -> None:
-    """[C, H, W] in 0..1 as an 8-bit file, its format by the file name; JPEG loses transparency."""
+    """[C, H, W] in 0..1 as an 8-bit file, its format by the file name; JPEG loses transparency. Raises InputError."""
     from .pictures import to_pil
 
     path = Path(path)
     picture = to_pil(image)
     if path.suffix.lower() in (".jpg", ".jpeg"):
         picture = picture.convert("RGB")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, quality=95)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, quality=95)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None

@@ -97,9 +97,11 @@ def restore_folder(
 
 
 def check_folders(source: Path, target: Path) -> None:
-    """Raises InputError unless `source` is a folder and results go somewhere else."""
+    """Raises InputError unless `source` is a folder and results go into another one."""
     if not source.is_dir():
         raise InputError(f"{source}: there is no such folder")
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}: this is a file, the results need a folder; name another")
     if target.resolve() == source.resolve() or target.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{target}: the results cannot go into the folder that is read; name another")
 

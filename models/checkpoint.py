@@ -114,7 +114,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _missing(path: Path) -> str:
-    return f"there is no such file in {path.parent}. {catalogue.where_to_get(path)}".strip()
+    return f"there is no such file in {path.resolve().parent}. {catalogue.where_to_get(path)}".strip()
 
 
 def load(

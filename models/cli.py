@@ -91,7 +91,7 @@ def _list(args: argparse.Namespace) -> int:
     if args.folders:
         return _list_folders(args.folders)
     if args.released:
-        chosen = [m for m in catalogue.methods() if args.system in (None, m.id)]
+        chosen = _of_system(args.system, [(m.id, m) for m in catalogue.methods()])
         rows = [("ID", "FILE", "TASKS", "PLACE", "LICENCE OF THE WEIGHTS")]
         rows += [(f.id, f.path, ", ".join(f.tasks), f.link, f.licence) for m in chosen for f in m.files]
         _rows(rows)
@@ -100,13 +100,18 @@ def _list(args: argparse.Namespace) -> int:
         )
         return 0
     rows = [("ID", "METHOD", "NETWORK", "KIND", "VARIANTS")]
-    rows += [
-        (a.id, a.system, a.title, a.kind, ", ".join(a.variants) or "-")
-        for a in registry.architectures()
-        if args.system in (None, a.system)
-    ]
+    chosen = _of_system(args.system, [(a.system, a) for a in registry.architectures()])
+    rows += [(a.id, a.system, a.title, a.kind, ", ".join(a.variants) or "-") for a in chosen]
     _rows(rows)
     return 0
+
+
+def _of_system(system: str | None, known: Sequence[tuple[str, Any]]) -> list[Any]:
+    """Those of `known` (method, what belongs to it) that are of one method, or all. Raises InputError for an unknown one."""
+    methods = dict.fromkeys(method for method, _ in known)
+    if system is not None and system not in methods:
+        raise InputError(f"--system: {system!r} is unknown; one of {', '.join(methods)}")
+    return [one for method, one in known if system in (None, method)]
 
 
 def _list_folders(folders: Sequence[Path]) -> int:
@@ -249,6 +254,8 @@ def _from_hugging_face(repository: str, name: str) -> Path:
 def _table(args: argparse.Namespace) -> int:
     if args.write is None:
         say(catalogue.table())
+    elif not args.write.is_file():
+        raise InputError(f"{args.write}: there is no such file")
     else:
         args.write.write_text(catalogue.with_table(args.write.read_text(encoding="utf-8")), encoding="utf-8")
     return 0

@@ -15,7 +15,7 @@ from ..engine import folders, host
 from ..engine.runner import Result, Runner
 from ..engine.validation import Prompt
 from ..engine.workflow_format import is_ui, read, to_api
-from ..errors import WorkflowError
+from ..errors import InputError, WorkflowError
 
 SHIPPED = host.PACK / "workflows"
 
@@ -23,7 +23,7 @@ SHIPPED = host.PACK / "workflows"
 def main(arguments: Sequence[str]) -> int:
     """Returns 0 only if every output node ran."""
     args = _parser().parse_args(arguments)
-    folders.set_folders(inputs=[args.input] if args.input else None, output=args.output)
+    _set_folders(args.input, args.output)
     workflow = read(find_workflow(args.workflow))
     extra = {"workflow": workflow} if is_ui(workflow) else None
     if args.engine == "comfyui":
@@ -42,6 +42,15 @@ def main(arguments: Sequence[str]) -> int:
             result, output = Runner(classes, progress=bar.update).run(prompt, extra), folders.output_directory()
     _report(prompt, result, output)
     return 0 if result.complete else 1
+
+
+def _set_folders(source: str | None, output: str | None) -> None:
+    """Where pictures come from and go to. Raises InputError for folders that cannot be that."""
+    if source is not None and not Path(source).is_dir():
+        raise InputError(f"--input: there is no folder {source}")
+    if output is not None and Path(output).is_file():
+        raise InputError(f"--output: {output} is a file; name a folder")
+    folders.set_folders(inputs=None if source is None else [source], output=output)
 
 
 def _parser() -> argparse.ArgumentParser:

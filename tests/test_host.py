@@ -81,7 +81,7 @@ def test_model_files_are_found_by_name_and_names_cannot_leave_the_folder(tmp_pat
     monkeypatch.chdir(tmp_path / "models")
     assert "sub/net.pth" in model_folder.model_files() and not any("readme" in n for n in model_folder.model_files())
     assert model_folder.model_path("sub/net.pth").read_bytes() == b"x"
-    with pytest.raises(InputError, match="there is no file 'nothing.pth'; put it into"):
+    with pytest.raises(InputError, match="there is no file .nothing.pth.; give its path, or put it into"):
         model_folder.model_path("nothing.pth")
 
 

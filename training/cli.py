@@ -26,7 +26,7 @@ from .warm_start import begin_with
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the sub-commands of `mend train`."""
-    commands = parser.add_subparsers(dest="train_command", required=True)
+    commands = parser.add_subparsers(dest="train_command", required=True, metavar="COMMAND")
     prepare = commands.add_parser("photos", help="take the photographs out of unpacked Debian packages")
     prepare.add_argument("unpacked", type=Path, help="folder with one folder for each unpacked package")
     prepare.add_argument("--out", type=Path, required=True, help="where to write train/ and validation/")
@@ -127,6 +127,10 @@ def _starter(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    if not (arguments.folder / "last.pt").is_file() or not (arguments.folder / "run.json").is_file():
+        raise InputError(
+            f"{arguments.folder}: this is not the folder of a run; last.pt and run.json are not both in it"
+        )
     provenance = json.loads((arguments.folder / "run.json").read_text())
     state = torch.load(arguments.folder / "last.pt", map_location="cpu", weights_only=True)
     if "config" not in provenance:

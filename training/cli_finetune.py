@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import models
+from ..engine import host, model_folder
 from ..errors import InputError
 from . import datasets, distributed, finetune
 from .objectives.base import Objective, Weighted
@@ -32,22 +33,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _DATA + "\n".join(f"  {line}" for line in describe_objectives())
-    parser.add_argument("--model", type=Path, required=True, help="the file to begin with; any that Mend loads")
+    parser.add_argument(
+        "--model", required=True, help=f"the file to begin with, any that Mend loads; {model_folder.NAMES}"
+    )
     parser.add_argument("--dataset", action="append", required=True, metavar="KIND:PATH[@WEIGHT]")
     parser.add_argument(
-        "--degradations", default=datasets.EVERYTHING, help='for clean pictures: "noise; rain 0.7 + jpeg @ 2"'
+        "--degradations",
+        default=datasets.EVERYTHING,
+        help='for clean pictures: "noise; rain 0.7 + jpeg @ 2" (%(default)s: all that the starter learned)',
     )
     parser.add_argument("--objective", action="append", default=[], metavar="KIND[:OPTIONS][@WEIGHT]")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--crop", type=int, default=96, help="side of a damaged crop in pixels")
-    parser.add_argument("--batch", type=int, default=4, help="crops a step, over all processes")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1000, help="batches to learn from (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="at most, after the warm-up (%(default)s)")
+    parser.add_argument("--crop", type=int, default=96, help="side of a damaged crop in pixels (%(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="crops per step, over all processes (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of crops, damage and all that is drawn (%(default)s)")
     parser.add_argument(
-        "--validate", type=int, default=0, metavar="STEPS", help="validate every so many steps (a tenth)"
+        "--validate", type=int, default=0, metavar="STEPS", help="validate every so many steps (a tenth of all)"
     )
-    parser.add_argument("--held-out", type=float, default=0.1, help="share of the pictures to validate with")
-    parser.add_argument("--keep", choices=finetune.KEEP, default="best", help="which weights to keep")
+    parser.add_argument(
+        "--held-out", type=float, default=0.1, help="share of the pictures to validate with (%(default)s)"
+    )
+    parser.add_argument("--keep", choices=finetune.KEEP, default="best", help="which weights to keep (%(default)s)")
     parser.add_argument(
         "--freeze", default="", metavar="NAMES", help='parts that do not learn: "E", "encoder*, decoder.0"'
     )
@@ -68,7 +75,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> int:
     """Trains; returns the exit status. Run again with the same arguments, it goes on where it was stopped."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    restorer = finetune.trainable_copy(models.load(options.model))
+    restorer = finetune.trainable_copy(models.load(model_folder.model_path(options.model)))
     source = dataset(options.dataset, options.degradations, options.held_out)
     goal = objective(options.objective) or default_objective(restorer.module, restorer.architecture.kind)
     tuner = finetune.FineTuner(
@@ -84,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
             autocast=options.bf16,
         ),
         options.out,
-        device=options.device or _device(),
+        device=host.named_device(options.device) if options.device else _device(),
         validate_steps=options.validate or max(1, options.steps // 10),
         keep=options.keep,
         frozen=options.freeze,

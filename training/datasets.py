@@ -363,6 +363,8 @@ def manifest(path: Path, held_out_share: float = 0.1, intensity: tuple[float, fl
     path = path / MANIFEST if path.is_dir() else path
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"data set: there is no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data set: {path} cannot be read ({error})") from None
     lines, entries = text.splitlines(), []

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
@@ -383,10 +383,17 @@ def export(
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of an exported file."""
-    with safe_open(path, "pt") as file:
-        names = file.keys()
-        return {name: file.get_tensor(name) for name in names}, file.metadata()
+    """Tensors and metadata of an exported file. Raises CheckpointError for other files."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
+    if not {"mend.architecture", "mend.config"} <= set(metadata):
+        raise CheckpointError(f"{path}: no file that Mend wrote; `mend models convert` makes one of it")
+    return tensors, metadata
 
 
 def read_export(path: Path) -> nn.Module:
@@ -397,11 +404,23 @@ def read_export(path: Path) -> nn.Module:
     return module.float().eval()
 
 
+def _training(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """How a file says that it was trained; files that were not say so in words."""
+    text = metadata.get("mend.training", "{}")
+    try:
+        return dict(json.loads(text))
+    except ValueError:
+        return {"note": text}
+
+
 def average_exports(first: Path, second: Path, share: float, path: Path) -> None:
     """Writes (1 - share) x the weights of `first` + share x those of `second`, two exported files of one network.
 
-    It says how each was trained, and its share. Raises CheckpointError if the networks differ.
+    It says how each was trained, and its share. Raises CheckpointError if the networks differ, ConfigError for a share
+    outside 0..1.
     """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"share: {share} is outside 0..1")
     (weights, metadata), (others, second_metadata) = (read_weights(file) for file in (first, second))
     alike = metadata.get("mend.architecture") == second_metadata.get("mend.architecture")
     shapes = ({name: value.shape for name, value in each.items()} for each in (weights, others))
@@ -411,6 +430,6 @@ def average_exports(first: Path, second: Path, share: float, path: Path) -> None
         name: value.float().lerp(others[name].float(), share).to(value.dtype) if value.is_floating_point() else value
         for name, value in weights.items()
     }
-    said = [json.loads(each.get("mend.training", "{}")) for each in (metadata, second_metadata)]
+    said = [_training(each) for each in (metadata, second_metadata)]
     training = {"averaged": [{"share": part, **one} for part, one in zip((1 - share, share), said, strict=True)]}
     save_file(mixed, path, {**metadata, "mend.training": json.dumps(training)})

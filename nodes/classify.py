@@ -54,7 +54,7 @@ class ClassifyDegradation(io.ComfyNode):
                     io.String.Input(
                         "labels",
                         default="",
-                        tooltip="Names for the classes, with commas, if the file does not have them. Empty: the file's "
+                        tooltip="Names for the classes, separated by commas, if the file does not have them. Empty: the file's "
                         "own, or DCPT's published order.",
                     )
                 ),
@@ -71,8 +71,12 @@ class ClassifyDegradation(io.ComfyNode):
                 io.String.Output(
                     "label", display_name="label", tooltip="What the whole batch most probably suffers from."
                 ),
-                io.Image.Output("chart", display_name="chart", tooltip="The probabilities as bars, a chart a picture."),
-                io.String.Output("text", display_name="text", tooltip="The probabilities as text, a line a picture."),
+                io.Image.Output(
+                    "chart", display_name="chart", tooltip="The probabilities as bars, one chart per picture."
+                ),
+                io.String.Output(
+                    "text", display_name="text", tooltip="The probabilities as text, one line per picture."
+                ),
             ],
         )
 
@@ -117,7 +121,7 @@ class _Switch(io.ComfyNode):
             io.String.Input(
                 f"labels_{case}",
                 default="",
-                tooltip=f'Labels that choose {cls.WORD} {case}, with commas: "rain, snow". Empty: never.',
+                tooltip=f'Labels that choose {cls.WORD} {case}, separated by commas: "rain, snow". Empty: never.',
             )
             for case in range(1, CASES + 1)
         ]

@@ -139,7 +139,7 @@ class CleanFolder(_FolderNode, io.ComfyNode):
             category=CATEGORY,
             description="Training pairs from clean pictures alone: each crop is damaged anew, in one of the ways you list.",
             inputs=[
-                _folder_input("A folder of clean, sharp pictures; folders in it count."),
+                _folder_input("A folder of clean, sharp pictures, subfolders included."),
                 _degradations_input("How to damage them."),
                 _held_out_input(),
                 *_preview_inputs(),

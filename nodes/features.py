@@ -23,7 +23,7 @@ class EncodeFeatures(io.ComfyNode):
             ],
             outputs=[
                 sockets.Features.Output(
-                    "features", display_name="features", tooltip="One map a level, shallow to deep."
+                    "features", display_name="features", tooltip="One map per level, shallow to deep."
                 ),
                 io.String.Output("text", display_name="text", tooltip="Size and spread of every level."),
             ],

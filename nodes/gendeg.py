@@ -78,7 +78,7 @@ class DegradationIntensity(io.ComfyNode):
             node_id="MendDegradationIntensity",
             display_name="Degradation Intensity",
             category=GENDEG,
-            description="Says to GenDeg what to do and how strongly: words and intensity in one conditioning, and beside it "
+            description="Tells GenDeg what to do and how strongly: words and intensity in one conditioning, and beside it "
             "the one that says nothing, which its guidance compares with.",
             inputs=[
                 sockets.Conditioner.Input("conditioner", tooltip="From Load GenDeg."),
@@ -197,7 +197,7 @@ class IntensitySampler(io.ComfyNode):
                         default=20,
                         min=0,
                         max=1000,
-                        tooltip="Every so many-th is drawn evenly over the whole range, so that rare intensities occur too. "
+                        tooltip="Every so many draws one is even over the whole range, so that rare intensities occur too. "
                         "20 is published; 0: never.",
                     )
                 ),

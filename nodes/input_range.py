@@ -18,9 +18,11 @@ class InputRange(io.ComfyNode):
             display_name="Input Range",
             category="Mend/restore",
             description="Sets the range of values that a TransWeather network is fed. Two of its released files do not say "
-            "theirs; with the wrong one the whole picture has too much or too little contrast. Other networks pass unchanged.",
+            "theirs; with the wrong one the whole picture has too much or too little contrast. Other networks pass through unchanged.",
             inputs=[
-                sockets.Restorer.Input("restorer", tooltip="A TransWeather network; any other one passes unchanged."),
+                sockets.Restorer.Input(
+                    "restorer", tooltip="A TransWeather network; any other one passes through unchanged."
+                ),
                 io.Combo.Input(
                     "range",
                     options=list(INPUT_RANGES),
@@ -35,7 +37,9 @@ class InputRange(io.ComfyNode):
                 ),
             ],
             outputs=[
-                sockets.Restorer.Output("changed", display_name="restorer", tooltip="The same network, set so."),
+                sockets.Restorer.Output(
+                    "changed", display_name="restorer", tooltip="The same network with this setting."
+                ),
                 io.String.Output("text", display_name="text", tooltip="What was decided."),
             ],
         )

@@ -21,7 +21,7 @@ class CompareImages(io.ComfyNode):
                 io.Image.Input("first", tooltip="Left picture, usually the damaged one."),
                 io.Image.Input("second", tooltip="Next picture, usually the restored one."),
                 io.String.Input(
-                    "labels", default="before, after, truth", tooltip="Labels from left to right, with commas."
+                    "labels", default="before, after, truth", tooltip="Labels from left to right, separated by commas."
                 ),
                 io.Float.Input(
                     "zoom",
@@ -111,7 +111,7 @@ class ImageMetrics(io.ComfyNode):
                         "measures",
                         default="",
                         optional=True,
-                        tooltip="Learned measures without a reference from the package pyiqa, with commas: niqe, musiq, "
+                        tooltip="Learned measures without a reference from the package pyiqa, separated by commas: niqe, musiq, "
                         "clipiqa. Needs the package and its weights; nothing is downloaded.",
                     )
                 ),

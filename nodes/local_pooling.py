@@ -29,7 +29,11 @@ class LocalPooling(io.ComfyNode):
                     tooltip="Side of the crops it was trained on (DCPT: 128). 0: means over the whole picture or tile.",
                 ),
             ],
-            outputs=[sockets.Restorer.Output("changed", display_name="restorer", tooltip="The same network, set so.")],
+            outputs=[
+                sockets.Restorer.Output(
+                    "changed", display_name="restorer", tooltip="The same network with this setting."
+                )
+            ],
         )
 
     @classmethod

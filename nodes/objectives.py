@@ -163,7 +163,7 @@ class Classification(io.ComfyNode):
                     io.String.Input(
                         "stages",
                         default="",
-                        tooltip="Names of the decoder stages to look at, with commas and *. Empty: those of the published "
+                        tooltip="Names of the decoder stages to look at, separated by commas; * stands for any letters. Empty: those of the published "
                         "networks.",
                     )
                 ),
@@ -173,7 +173,7 @@ class Classification(io.ComfyNode):
                         default=2,
                         min=1,
                         max=8,
-                        tooltip="Residual blocks a stage of the classifier. Published: 2.",
+                        tooltip="Residual blocks per stage of the classifier. Published: 2.",
                     )
                 ),
             ],
@@ -225,7 +225,7 @@ class Guidance(io.ComfyNode):
                     io.String.Input(
                         "stages",
                         default="",
-                        tooltip="Names of the decoder stages to look at, with commas and *. Empty: those that the classifier was "
+                        tooltip="Names of the decoder stages to look at, separated by commas; * stands for any letters. Empty: those that the classifier was "
                         "trained with.",
                     )
                 ),
@@ -437,7 +437,7 @@ class CombineObjectives(io.ComfyNode):
             node_id="MendCombineObjectives",
             display_name="Combine Objectives",
             category=CATEGORY,
-            description="Several objectives added up, each with its weight. The network runs once a step for all of them.",
+            description="Several objectives added up, each with its weight. The network runs once per step for all of them.",
             inputs=[
                 *(
                     io.Float.Input(

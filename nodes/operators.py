@@ -44,7 +44,7 @@ class OperatorDownsample(io.ComfyNode):
                     options=list(build.DOWNSAMPLING),
                     default="bicubic",
                     tooltip="bicubic: as Pillow and MATLAB shrink by whole factors. average: mean of blocks. bicubic, "
-                    "circular: the Fourier kind. any scale: MATLAB's imresize, broken factors too.",
+                    "circular: the Fourier kind. any scale: MATLAB's imresize, fractional factors too.",
                 ),
                 io.Float.Input(
                     "factor",
@@ -288,7 +288,7 @@ class OperatorFromDegradation(io.ComfyNode):
             display_name="Operator From Degradation",
             category=CATEGORY,
             description="Turns what the classifier found into an operator: blur with an estimated width, noise with an "
-            "estimated level. What no linear operator describes (rain, haze) is treated as noise, and said so.",
+            "estimated level. What no linear operator describes (rain, haze) is treated as noise; the text says so.",
             inputs=[
                 sockets.Degradation.Input("degradation", tooltip="From Classify Degradation."),
                 io.Image.Input("image", tooltip="The damaged picture: noise level and blur width are estimated on it."),

@@ -28,7 +28,7 @@ def _shape_inputs(threshold: float, softness: float, what: str) -> list[io.Input
             step=0.5,
             tooltip="Blurs the region's border: sigma in pixels.",
         ),
-        io.Boolean.Input("invert", default=False, tooltip="Everywhere but there."),
+        io.Boolean.Input("invert", default=False, tooltip="Turns the mask round: white everywhere else."),
     ]
 
 

@@ -200,8 +200,12 @@ class PotentialScore(io.ComfyNode):
                 io.Float.Output(
                     "score", display_name="score", tooltip="Mean over patches and pictures; larger is cleaner."
                 ),
-                io.Image.Output("map", display_name="map", tooltip="Scores of the patches as a heat map a picture."),
-                io.String.Output("text", display_name="text", tooltip="Mean, worst and best patch, a line a picture."),
+                io.Image.Output(
+                    "map", display_name="map", tooltip="Scores of the patches as heat maps, one per picture."
+                ),
+                io.String.Output(
+                    "text", display_name="text", tooltip="Mean, worst and best patch, one line per picture."
+                ),
             ],
         )
 

@@ -136,7 +136,7 @@ class MakeDataset(io.ComfyNode):
                 io.String.Input(
                     "degradations",
                     default="all",
-                    tooltip=f"Names with commas between them: {', '.join(KINDS)}. all: these six. With the simulation also noise, "
+                    tooltip=f"Names separated by commas: {', '.join(KINDS)}. all: these six. With the simulation also noise, "
                     "blur, jpeg and the others of Degrade Image.",
                 ),
                 io.Combo.Input(

@@ -50,7 +50,7 @@ class TrainRestorer(io.ComfyNode):
                     tooltip="Side of the damaged crops in pixels, raised to what the network needs. Large ones show haze "
                     "and darkness better and take longer.",
                 ),
-                io.Int.Input("batch", default=4, min=1, max=256, tooltip="Crops a step."),
+                io.Int.Input("batch", default=4, min=1, max=256, tooltip="Crops per step."),
                 seed_input("Chooses crops, damage and everything else that is drawn.", most=0xFFFFFFFF),
                 io.String.Input(
                     "name", default="restorer", tooltip="Name of the run's folder below output/mend/training."
@@ -86,7 +86,7 @@ class TrainRestorer(io.ComfyNode):
                         "freeze",
                         default="",
                         optional=True,
-                        tooltip="Parts of the network that keep their weights, with commas and *: encoder_level*, or E for "
+                        tooltip="Parts of the network that keep their weights, separated by commas, * for any letters: encoder_level*, or E for "
                         "AirNet's encoder. A wrong name is answered by a list of the parts.",
                     )
                 ),

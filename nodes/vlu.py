@@ -49,8 +49,10 @@ class EncodeDegradation(io.ComfyNode):
                 sockets.Degradation.Output(
                     "degradation", display_name="degradation", tooltip="For Restore Image and Mix Degradations."
                 ),
-                io.Image.Output("chart", display_name="chart", tooltip="The likelihoods as bars, a sheet a picture."),
-                io.String.Output("text", display_name="text", tooltip="The same as text, a line a picture."),
+                io.Image.Output(
+                    "chart", display_name="chart", tooltip="The likelihoods as bars, one sheet per picture."
+                ),
+                io.String.Output("text", display_name="text", tooltip="The same as text, one line per picture."),
             ],
         )
 

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import make_help_inputs
 import pytest
 
 from comfyui_mend.engine.workflow_format import is_widget
@@ -121,6 +122,11 @@ def test_a_node_has_a_help_page_whose_pictures_exist(name, language):
     for picture in [part.split(")")[0] for part in text.split("](")[1:]]:
         if not picture.startswith(("http", "#")):  # the page resolves them below docs/, not beside the text
             assert (page.parent.parent / picture).is_file(), f"{picture} is missing"
+
+
+def test_help_lists_every_input_and_output_with_its_range_and_default():
+    for page, before, after in make_help_inputs.pages():
+        assert before == after, f"{page.relative_to(ROOT)}: run `python tests/make_help_inputs.py`"
 
 
 def test_the_chinese_entries_cover_every_node_and_nothing_else():

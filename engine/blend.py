@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import InputError
+from ..models.colour import coloured_as
 from ..models.degradation import Degradation
 from .mix import low_frequencies
-from .report import coloured_as, match_size
+from .report import match_size
 from .values import check_mask, check_values, clamped
 
 

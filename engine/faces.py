@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import InputError
+from ..models.colour import rgb
 from . import colours, host
 from .face_geometry import apply, compose, corners, inverse, soft_square, stretch, warp
 from .values import check_image, check_mask, clamped
@@ -148,9 +149,11 @@ def paste(
         if face.picture < 0:
             continue
         crop = crops[index][None].to(target).float()
-        if channels == 1 and crop.shape[1] >= 3:
+        if channels == 3:
+            crop = rgb(crop)
+        elif crop.shape[1] >= 3:
             crop = crop[:, :3].mean(dim=1, keepdim=True)
-        crop = crop[:, :channels] if crop.shape[1] >= channels else crop[:, :1].expand(-1, channels, -1, -1)
+        crop = crop[:, :channels]
         height, width = crop.shape[-2:]
         quad = apply(inverse(face.to_crop), corners(1, 1))
         x0, y0 = (max(0, int(v)) for v in quad.amin(0).floor().tolist())

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import InputError
+from ..models.colour import coloured_as
 from . import host
-from .report import coloured_as, matched
+from .report import matched
 from .values import as_batch, ceiling, check_mask, check_values
 
 

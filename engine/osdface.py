@@ -18,6 +18,7 @@ from .. import models
 from ..errors import CheckpointError, InputError, OutOfMemoryError
 from ..guidance import latent_diffusion
 from ..models import checkpoint, lora_sd
+from ..models.colour import rgb
 from ..models.osdface_vre import FacePrompter, PromptProjection
 from . import colours, host
 from .comfy_sampling import need_comfyui
@@ -70,11 +71,6 @@ def _load(tokenizer: Path, projection: Path | None = None) -> FaceEmbedder:
         return FaceEmbedder(prompter, host.Managed(prompter))
 
 
-def _colour(image: torch.Tensor) -> torch.Tensor:
-    """[B, 1, 3 or 4, H, W] as three channels."""
-    return image[:, :1].expand(-1, 3, -1, -1) if image.shape[1] < 3 else image[:, :3]
-
-
 @torch.no_grad()
 def prompts(embedder: FaceEmbedder, faces: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     """Prompts [B, 77, 1024] for faces [B, C, H, W] in 0..1, and how many different codes each face hit.
@@ -83,7 +79,7 @@ def prompts(embedder: FaceEmbedder, faces: torch.Tensor) -> tuple[torch.Tensor, 
     """
     made, distinct, progress = [], [], host.progress(len(faces))
     with embedder.managed.on_device() as (prompter, device):
-        for face in _colour(faces).split(1):
+        for face in rgb(faces).split(1):
             selection = prompter.select(face.to(device, torch.float32))
             made.append(prompter.project(selection.tokens).to(host.intermediate_device(), torch.float32))
             distinct += selection.distinct.tolist()
@@ -173,7 +169,7 @@ def encode(vae: Any, faces: torch.Tensor, seed: int | None = None) -> torch.Tens
     gives. Every face of a batch has its own noise, which does not depend on the others. Raises InputError for an
     autoencoder of another kind.
     """
-    pictures = padded(_colour(faces)).movedim(1, -1)
+    pictures = padded(rgb(faces)).movedim(1, -1)
     if seed is None:
         return vae.encode(pictures)
     stage = vae.first_stage_model
@@ -246,7 +242,7 @@ def restore(
     """
     check_model(model)
     check_image(faces)
-    faces = working_size(_colour(faces), square)
+    faces = working_size(rgb(faces), square)
     try:
         conditions, distinct = host.attempt(lambda: prompts(embedder, faces))
     except host.DidNotFitError:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import InputError, MissingDependency
+from ..models.colour import rgb
 from . import host
 from .values import check_image
 
@@ -66,11 +67,10 @@ def learned(image: torch.Tensor, name: str, tell: Callable[[], None] | None = No
     tell: called after each. Never downloads: raises MissingDependency without the package or its weights, InputError for
     an unknown name or one that needs a reference.
     """
-    colour = image[:, :1].expand(-1, 3, -1, -1) if image.shape[1] < 3 else image[:, :3]
     found = []
     with torch.inference_mode(False), torch.no_grad():
         measure = _measure(name)
-        for picture in colour.split(1):
+        for picture in rgb(image).split(1):
             found.append(float(measure(picture.float().clone().clamp_(0, 1))))
             if tell is not None:
                 tell()

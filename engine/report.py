@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..errors import InputError, MissingDependency
+from ..models.colour import rgb
 from ..models.moce_ir import Routing
 from . import host
 from .pictures import difference_map, from_pil, heat_map, labelled, to_pil
@@ -55,16 +56,6 @@ def batch_size(images: list[torch.Tensor]) -> int:
             f"images: batches of {', '.join(str(len(i)) for i in images)} cannot be compared picture by picture"
         )
     return batch
-
-
-def rgb(image: torch.Tensor) -> torch.Tensor:
-    """[B, 1..4, H, W] as [B, 3, H, W]: grey repeated, alpha left out."""
-    return image[:, :1].expand(-1, 3, -1, -1) if image.shape[1] < 3 else image[:, :3]
-
-
-def coloured_as(image: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """`image` [B, C, H, W], as three equal colours if it is grey and `other` is not."""
-    return rgb(image) if image.shape[1] < 3 <= other.shape[1] else image
 
 
 def compare(

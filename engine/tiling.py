@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from ..errors import InputError, OutOfMemoryError
 from ..models import registry
+from ..models.colour import rgb
 from ..models.layers.padding import pad_to_multiple
 from . import host, memory
 from .alpha import fill_transparent, upscale_alpha
@@ -408,9 +409,7 @@ def activation_bytes(loaded: LoadedRestorer, image: torch.Tensor, dtype: torch.d
 
 def as_rgb(image: torch.Tensor) -> torch.Tensor:
     """[B, 1..4, H, W] as [B, 3, H, W]: grey repeated, colours under transparency filled from around."""
-    if image.shape[1] < 3:
-        return image[:, :1].expand(-1, 3, -1, -1)
-    return fill_transparent(image[:, :3], image[:, 3:4]) if image.shape[1] == 4 else image
+    return fill_transparent(image[:, :3], image[:, 3:4]) if image.shape[1] == 4 else rgb(image)
 
 
 def _precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError
+from ..models.colour import rgb
 from ..models.layers.padding import pad_to_multiple
 from .data import STARTER_TASKS, SUFFIXES, PhotoCrops, Task, as_arriving, central_crop, reduce, within_crop
 from .degradations import KINDS, Degradation, parse
@@ -464,9 +465,8 @@ def _index(count: int, generator: torch.Generator) -> int:
 
 
 def _bytes(image: torch.Tensor) -> torch.Tensor:
-    colour = image[:, :1].expand(-1, 3, -1, -1) if image.shape[1] < 3 else image[:, :3]
     with torch.inference_mode(False):  # pictures on the graph are inference tensors
-        return (colour.cpu().clone().clamp(0, 1) * 255).round().byte()
+        return (rgb(image).cpu().clone().clamp(0, 1) * 255).round().byte()
 
 
 def _turn(crops: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:

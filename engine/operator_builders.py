@@ -137,10 +137,7 @@ def compressed_sensing(side: int, share: float, seed: int) -> Operator:
 
 def compose(first: Operator, second: Operator) -> Operator:
     """`second` after `first`. Raises InputError where the first does not leave a picture."""
-    last = first
-    while isinstance(last, operators.Composition):
-        last = last.outer
-    if isinstance(last, operators.WalshHadamard) and not isinstance(second, operators.Denoising):
+    if isinstance(first.chain()[-1], operators.WalshHadamard) and not isinstance(second, operators.Denoising):
         raise InputError(
             "first: what compressed sensing measures is no picture, to which more could happen; connect it as second"
         )

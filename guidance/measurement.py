@@ -88,7 +88,7 @@ def task(operator: Operator) -> str:
 
 def footprint(operator: Operator, side: int = 96) -> torch.Tensor:
     """[3, 240, 240] in 0..1: what one measured value looks at, the kernel; the mask where masking comes last."""
-    *_, last = chain = _chain(operator)
+    *_, last = chain = operator.chain()
     if isinstance(last, Inpainting):
         return last.mask[:1, 0].expand(3, -1, -1).clone()
     # masks in between fit their own pictures only
@@ -115,11 +115,6 @@ def _values_across(chain: list[Operator], side: int) -> int:
         kernel = max(operator.kernel.shape) if isinstance(operator, (CircularBlur, ReflectBlur)) else 1
         values = max(values, -(-kernel // seen))
     return max(values, -(-side // seen))
-
-
-def _chain(operator: Operator) -> list[Operator]:
-    """The operators that a composition is made of, in the order in which they act."""
-    return [*_chain(operator.inner), *_chain(operator.outer)] if isinstance(operator, Composition) else [operator]
 
 
 def _trim(seen: torch.Tensor) -> torch.Tensor:

@@ -65,6 +65,10 @@ class Operator:
         """
         return self
 
+    def chain(self) -> list[Operator]:
+        """The operators that it is made of, in the order in which they act."""
+        return [self]
+
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Size of the measurement of an image."""
         return height, width
@@ -264,6 +268,9 @@ class Composition(Iterative):
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
         return self.inner.A_adjoint(self.outer.A_adjoint(y))
+
+    def chain(self) -> list[Operator]:
+        return [*self.inner.chain(), *self.outer.chain()]
 
     def fitted(self, height: int, width: int, measured: bool = False) -> Composition:
         between = self.outer.input_size(height, width) if measured else self.inner.output_size(height, width)

@@ -223,7 +223,11 @@ def _place(partial: Path, target: Path) -> None:
         os.link(partial, target)
     except FileExistsError:
         raise InputError(f"{target}: exists already; nothing was changed") from None
-    except (OSError, AttributeError, NotImplementedError):  # a file system without links
+    except (
+        OSError,
+        AttributeError,
+        NotImplementedError,
+    ):  # a file system without links: there the last one to finish wins
         partial.rename(target)
 
 

@@ -41,8 +41,8 @@ class Features:
     network: str
     """Id of the architecture that made them."""
     context: Mapping[str, Any] = field(default_factory=dict)
-    widths: tuple[torch.Size, ...] = ()
-    """Shapes of the network's weights, which differ between files of one architecture."""
+    shapes: tuple[torch.Size, ...] = ()
+    """Of the network's weights, which differ between files of one architecture."""
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -92,7 +92,7 @@ def encode(restorer: Restorer, image: torch.Tensor, options: Mapping[str, Any] |
     padded, size = pad_to_multiple(image, restorer.multiple_of, restorer.minimum_size)
     options = dict(options or {})
     maps, name = tuple(restorer.module.encode(padded, **options)), restorer.architecture.id
-    return Features(maps, padded, size, name, options, _widths(restorer.module))
+    return Features(maps, padded, size, name, options, _shapes(restorer.module))
 
 
 def decode(restorer: Restorer, features: Features) -> torch.Tensor:
@@ -100,7 +100,7 @@ def decode(restorer: Restorer, features: Features) -> torch.Tensor:
     _require(restorer)
     if features.network != restorer.architecture.id:
         raise InputError(f"features: made by {features.network}, they do not fit {restorer.architecture.id}")
-    if features.widths != _widths(restorer.module):
+    if features.shapes != _shapes(restorer.module):
         raise InputError(
             f"features: made by a {restorer.architecture.title} of another size; decode them with the network that made them"
         )
@@ -108,7 +108,7 @@ def decode(restorer: Restorer, features: Features) -> torch.Tensor:
     return crop(image, features.size, restorer.scale)
 
 
-def _widths(module: nn.Module) -> tuple[torch.Size, ...]:
+def _shapes(module: nn.Module) -> tuple[torch.Size, ...]:
     return tuple(parameter.shape for parameter in module.parameters())
 
 

@@ -21,7 +21,8 @@ from .. import models
 from ..models.degradation_model import KINDS
 from ..training import make_dataset
 from ..training.data import Task, load_photos
-from ..training.datasets import Mixture, Stream, clean_folder, manifest
+from ..training.dataset_sources import clean_folder, manifest
+from ..training.datasets import Mixture, Stream
 from ..training.degradation_model import SIMULATED
 from ..training.degradations import Degradation
 from ..training.starters import BLIND

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ..errors import InputError, OutOfMemoryError
-from ..training import datasets, finetune
+from ..training import datasets, finetune, picture_files
 from ..training.objectives.base import Objective
 from ..training.objectives.recipes import default_objective
 from . import folders, host, loaded, model_folder
@@ -137,7 +137,7 @@ def train(
             f"training: {batch} crops of {size} pixels do not fit into memory; use fewer or smaller ones"
         ) from None
     finally:
-        datasets.pictures.clear()
+        picture_files.pictures.clear()
         restorer = tuner = watch = None
         gc.collect()
         host.release_memory(device)

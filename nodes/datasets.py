@@ -7,7 +7,7 @@ from typing import Any
 
 from ..engine import train
 from ..engine.values import check_image
-from ..training import datasets
+from ..training import dataset_sources, datasets, task_text
 from . import sockets
 from .api import advanced, io
 from .images import as_image, channels_first
@@ -127,7 +127,7 @@ class PairedFolder(_FolderNode, io.ComfyNode):
 
     @classmethod
     def execute(cls, folder, label="damaged", held_out=0.1, shown=8, crop=96) -> io.NodeOutput:
-        return _show(datasets.paired_folder(train.input_folder(folder), label, held_out), shown, crop)
+        return _show(dataset_sources.paired_folder(train.input_folder(folder), label, held_out), shown, crop)
 
 
 class CleanFolder(_FolderNode, io.ComfyNode):
@@ -149,13 +149,13 @@ class CleanFolder(_FolderNode, io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, folder: str | None, degradations: str | None) -> bool | str:
-        tasks = accepted(datasets.tasks_from_text, degradations)
+        tasks = accepted(task_text.tasks_from_text, degradations)
         return first_problem(super().validate_inputs(folder), tasks)
 
     @classmethod
     def execute(cls, folder, degradations="noise", held_out=0.1, shown=8, crop=96) -> io.NodeOutput:
-        tasks = datasets.tasks_from_text(degradations)
-        return _show(datasets.clean_folder(train.input_folder(folder), tasks, held_out), shown, crop)
+        tasks = task_text.tasks_from_text(degradations)
+        return _show(dataset_sources.clean_folder(train.input_folder(folder), tasks, held_out), shown, crop)
 
 
 class DatasetFromImages(io.ComfyNode):
@@ -188,7 +188,7 @@ class DatasetFromImages(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, degradations: str | None) -> bool | str:
-        return accepted(datasets.tasks_from_text, degradations)
+        return accepted(task_text.tasks_from_text, degradations)
 
     @classmethod
     def execute(
@@ -198,14 +198,14 @@ class DatasetFromImages(io.ComfyNode):
         check_image(pictures, "clean")
         if twins is not None:
             check_image(twins, "damaged")
-        tasks = datasets.tasks_from_text(degradations) if damaged is None else ()
-        return _show(datasets.images(pictures, twins, tasks, label, held_out), shown, crop)
+        tasks = task_text.tasks_from_text(degradations) if damaged is None else ()
+        return _show(dataset_sources.images(pictures, twins, tasks, label, held_out), shown, crop)
 
 
 def _manifest_folder(folder: str) -> Path:
     """The folder that is named, or the one of the manifest that is named, as Make Dataset does."""
     file = Path(folder.strip().strip('"')).expanduser()
-    return file.parent if file.name == datasets.MANIFEST and file.is_file() else train.input_folder(folder)
+    return file.parent if file.name == dataset_sources.MANIFEST and file.is_file() else train.input_folder(folder)
 
 
 class DatasetManifest(_FolderNode, io.ComfyNode):
@@ -251,11 +251,11 @@ class DatasetManifest(_FolderNode, io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder: str | None = None, **others: Any) -> str:
-        return fingerprint(lambda: _newest(_manifest_folder(folder) / datasets.MANIFEST), folder)
+        return fingerprint(lambda: _newest(_manifest_folder(folder) / dataset_sources.MANIFEST), folder)
 
     @classmethod
     def execute(cls, folder, mu_from=0.0, mu_to=1.0, held_out=0.1, shown=8, crop=96) -> io.NodeOutput:
-        return _show(datasets.manifest(_manifest_folder(folder), held_out, (mu_from, mu_to)), shown, crop)
+        return _show(dataset_sources.manifest(_manifest_folder(folder), held_out, (mu_from, mu_to)), shown, crop)
 
 
 class MixDatasets(io.ComfyNode):

@@ -10,8 +10,10 @@ from PIL import Image
 
 from comfyui_mend.engine.pictures import to_pil
 from comfyui_mend.errors import InputError
-from comfyui_mend.training import datasets
-from comfyui_mend.training.datasets import Entry, Mixture, PictureCache, Stream, tasks_from_text
+from comfyui_mend.training import dataset_sources, datasets, picture_files
+from comfyui_mend.training.datasets import Entry, Mixture, Stream
+from comfyui_mend.training.picture_files import PictureCache
+from comfyui_mend.training.task_text import tasks_from_text
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 40)) -> torch.Tensor:
@@ -33,11 +35,11 @@ def pairs(tmp_path):
 @pytest.fixture(autouse=True)
 def _forget():
     yield
-    datasets.pictures.clear()
+    picture_files.pictures.clear()
 
 
 def test_both_pictures_of_a_pair_are_cropped_and_turned_alike(pairs):
-    source = datasets.paired_folder(pairs)
+    source = dataset_sources.paired_folder(pairs)
     for seed in range(8):
         sample = source.sample(24, torch.Generator().manual_seed(seed))
         assert sample.damaged.shape == sample.clean.shape == (3, 24, 24) and sample.label == "damaged"
@@ -48,19 +50,19 @@ def test_names_need_not_have_the_same_suffix_and_folders_are_labels(pairs):
     (pairs / "damaged" / "rain").mkdir()
     to_pil(picture(3) * 0.5).save(pairs / "damaged" / "rain" / "3.jpg")
     (pairs / "damaged" / "3.png").unlink()
-    source = datasets.paired_folder(pairs, "dark")
+    source = dataset_sources.paired_folder(pairs, "dark")
     assert set(source.labels) == {"dark", "rain"} and len(source.entries) == 12
 
 
 def test_pictures_smaller_than_the_crop_are_padded_alike(pairs):
-    sample = datasets.paired_folder(pairs).sample(64, torch.Generator().manual_seed(0))
+    sample = dataset_sources.paired_folder(pairs).sample(64, torch.Generator().manual_seed(0))
     assert sample.clean.shape == (3, 64, 64)
     assert torch.allclose(sample.damaged * 2, sample.clean, atol=3 / 255)
 
 
 def test_a_pair_of_different_sizes_is_named(pairs):
     to_pil(picture(0, (20, 20))).save(pairs / "damaged" / "0.png")
-    source = datasets.Dataset("x", (datasets.paired_folder(pairs).entries[0],))
+    source = datasets.Dataset("x", (dataset_sources.paired_folder(pairs).entries[0],))
     with pytest.raises(InputError, match="0.*20x20 and 40x48"):
         source.sample(16, torch.Generator())
 
@@ -68,12 +70,12 @@ def test_a_pair_of_different_sizes_is_named(pairs):
 def test_networks_that_enlarge_get_larger_clean_crops(tmp_path):
     clean = picture(1, (64, 48))
     small = torch.nn.functional.interpolate(clean[None], scale_factor=0.5, mode="area")[0]
-    both = datasets.images(clean[None], small[None])
+    both = dataset_sources.images(clean[None], small[None])
     sample = both.sample(16, torch.Generator().manual_seed(0), scale=2)
     assert sample.damaged.shape == (3, 16, 16) and sample.clean.shape == (3, 32, 32)
     reduced = torch.nn.functional.interpolate(sample.clean[None], scale_factor=0.5, mode="area")[0]
     assert torch.allclose(reduced, sample.damaged, atol=0.02)
-    made = datasets.images(clean[None], tasks=tasks_from_text("clean"))
+    made = dataset_sources.images(clean[None], tasks=tasks_from_text("clean"))
     assert made.sample(12, torch.Generator().manual_seed(0), 3).clean.shape == (3, 36, 36)
     (held,) = made.held_out(20, 1, 3)
     assert held.clean.shape[1] == 3 * held.damaged.shape[1]
@@ -91,12 +93,12 @@ def test_the_split_depends_on_names_alone():
 
 @pytest.mark.parametrize("count, held", [(1, 0), (2, 1), (3, 1)])
 def test_a_handful_of_photos_has_one_to_validate_with(count, held):
-    source = datasets.images(torch.rand(count, 3, 16, 16), tasks=tasks_from_text("noise"), held_out_share=0.01)
+    source = dataset_sources.images(torch.rand(count, 3, 16, 16), tasks=tasks_from_text("noise"), held_out_share=0.01)
     assert len(source.training) == count - held and len(source.validation) >= 1
 
 
 def test_held_out_pairs_are_always_the_same_and_cover_every_kind():
-    source = datasets.images(
+    source = dataset_sources.images(
         torch.rand(4, 3, 40, 40), tasks=tasks_from_text("noise\nrain 0.5 + jpeg: quality 10\nclean")
     )
     first, again = source.held_out(24, 1), source.held_out(24, 1)
@@ -128,7 +130,7 @@ def test_pictures_are_turned_upright_and_broken_ones_named(tmp_path):
 
 
 def test_a_stream_is_resumable_and_shares_out_its_batches():
-    source = datasets.images(torch.rand(3, 3, 40, 40), tasks=tasks_from_text("noise\nrain"))
+    source = dataset_sources.images(torch.rand(3, 3, 40, 40), tasks=tasks_from_text("noise\nrain"))
 
     def stream(**share):
         return Stream(source, torch.Generator().manual_seed(5), **share)
@@ -147,8 +149,8 @@ def test_a_stream_is_resumable_and_shares_out_its_batches():
 
 
 def test_a_mixture_draws_by_weight_and_keeps_labels():
-    dark = datasets.images(torch.rand(2, 3, 24, 24), torch.rand(2, 3, 24, 24), label="dark")
-    noisy = datasets.images(torch.rand(2, 3, 24, 24), tasks=tasks_from_text("noise"))
+    dark = dataset_sources.images(torch.rand(2, 3, 24, 24), torch.rand(2, 3, 24, 24), label="dark")
+    noisy = dataset_sources.images(torch.rand(2, 3, 24, 24), tasks=tasks_from_text("noise"))
     mixture = Mixture(((dark, 1.0), (noisy, 3.0)))
     drawn = [mixture.sample(8, torch.Generator().manual_seed(s)).label for s in range(80)]
     assert mixture.labels == ("dark", "noise") and 45 <= drawn.count("noise") <= 75
@@ -176,11 +178,11 @@ def test_a_manifest_lists_pairs_with_their_damage(pairs):
         {"clean": "clean/2.png", "damaged": "damaged/2.png"},
     ]
     (pairs / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    assert datasets.manifest(pairs).labels == ("haze", "rain", "damaged")
-    assert datasets.manifest(pairs / "manifest.jsonl", intensity=(0.0, 0.5)).labels == ("haze", "damaged")
+    assert dataset_sources.manifest(pairs).labels == ("haze", "rain", "damaged")
+    assert dataset_sources.manifest(pairs / "manifest.jsonl", intensity=(0.0, 0.5)).labels == ("haze", "damaged")
     with (pairs / "manifest.jsonl").open("a") as file:
         file.write('{"clean": "clean/3.pn')  # its writer was interrupted
-    assert len(datasets.manifest(pairs).entries) == 3
+    assert len(dataset_sources.manifest(pairs).entries) == 3
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_a_manifest_lists_pairs_with_their_damage(pairs):
 def test_a_broken_manifest_says_where(pairs, line, said):
     (pairs / "manifest.jsonl").write_text(line)
     with pytest.raises(InputError, match=said):
-        datasets.manifest(pairs)
+        dataset_sources.manifest(pairs)
 
 
 @pytest.mark.parametrize(
@@ -221,14 +223,14 @@ def test_degradations_are_read_from_text():
 
 def test_empty_and_missing_folders_are_named(tmp_path):
     with pytest.raises(InputError, match="no folder"):
-        datasets.clean_folder(tmp_path / "none", tasks_from_text("noise"))
+        dataset_sources.clean_folder(tmp_path / "none", tasks_from_text("noise"))
     with pytest.raises(InputError, match="no pictures"):
-        datasets.clean_folder(tmp_path, tasks_from_text("noise"))
+        dataset_sources.clean_folder(tmp_path, tasks_from_text("noise"))
 
 
 def test_pictures_of_the_graph_can_be_trained_on():
     with torch.inference_mode():
-        source = datasets.images(torch.rand(2, 3, 16, 16), tasks=tasks_from_text("noise"))
+        source = dataset_sources.images(torch.rand(2, 3, 16, 16), tasks=tasks_from_text("noise"))
     sample = source.sample(8, torch.Generator().manual_seed(0))
     weight = torch.ones(3, 1, 1, requires_grad=True)
     (sample.damaged * weight - sample.clean).square().mean().backward()

@@ -19,7 +19,7 @@ from comfyui_mend.nodes import input_range as input_range_nodes
 from comfyui_mend.nodes import objectives as objective_nodes
 from comfyui_mend.nodes import train as train_nodes
 from comfyui_mend.nodes.api import ExecutionBlocker
-from comfyui_mend.training import cli, cli_finetune, datasets, finetune, trainer
+from comfyui_mend.training import cli, cli_finetune, finetune, picture_files, trainer
 from comfyui_mend.training.objectives import recipes
 from comfyui_mend.training.objectives.base import Weighted
 
@@ -192,7 +192,7 @@ def test_memory_is_free_after_training(moce, outputs, monkeypatch):
     monkeypatch.setattr(finetune.FineTuner, "__init__", watched)
     run_node(moce)
     gc.collect()
-    assert len(datasets.pictures) == 0 and [ref() for ref in kept] == [None, None]
+    assert len(picture_files.pictures) == 0 and [ref() for ref in kept] == [None, None]
 
 
 def test_the_same_seed_gives_the_same_network(moce, outputs):

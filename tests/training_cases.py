@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from comfyui_mend import models
-from comfyui_mend.training import datasets, finetune
+from comfyui_mend.training import dataset_sources, datasets, finetune, task_text
 from comfyui_mend.training.objectives import recipes
 from comfyui_mend.training.objectives.base import Batch, Network
 
@@ -29,7 +29,7 @@ def restorer(system: str = "dcpt", config: dict | None = None) -> models.Restore
 def source(labels: tuple[str, ...] = LABELS) -> datasets.Dataset:
     coarse = torch.rand(3, 3, 5, 5, generator=torch.Generator().manual_seed(1))
     photos = torch.nn.functional.interpolate(coarse, (48, 48), mode="bicubic").clamp(0, 1)
-    return datasets.images(photos, tasks=datasets.tasks_from_text("\n".join(labels)))
+    return dataset_sources.images(photos, tasks=task_text.tasks_from_text("\n".join(labels)))
 
 
 def tuner(folder: Path, objective=None, given: models.Restorer | None = None, steps=4, **more) -> finetune.FineTuner:

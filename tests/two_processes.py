@@ -25,13 +25,13 @@ OBJECTIVES: dict[str, Objective] = {
 def train(folder: Path, objective: Objective, steps: int = 2) -> finetune.FineTuner:
     """Trains by steps of four crops, shared out among the processes there are."""
     from comfyui_mend import models
-    from comfyui_mend.training import datasets
+    from comfyui_mend.training import dataset_sources, task_text
 
     torch.manual_seed(0)
     architecture = models.registry.find("dcpt", CONFIG)
     restorer = models.Restorer(architecture, CONFIG, architecture.build(CONFIG))
     photos = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(1))
-    source = datasets.images(photos, tasks=datasets.tasks_from_text("noise\nrain"))
+    source = dataset_sources.images(photos, tasks=task_text.tasks_from_text("noise\nrain"))
     settings = finetune.settings(steps, size=32, batch=4, learning_rate=1e-3, validation_size=32)
     tuner = finetune.FineTuner(finetune.trainable_copy(restorer), source, objective, settings, folder, held_out=1)
     tuner.train()

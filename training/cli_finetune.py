@@ -14,7 +14,7 @@ import torch
 from .. import models
 from ..engine import host, model_folder
 from ..errors import InputError
-from . import datasets, distributed, finetune
+from . import dataset_sources, datasets, distributed, finetune, task_text
 from .objectives.base import Objective, Weighted
 from .objectives.recipes import OBJECTIVES, default_objective
 from .stopping import stop_request
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", action="append", required=True, metavar="KIND:PATH[@WEIGHT]")
     parser.add_argument(
         "--degradations",
-        default=datasets.EVERYTHING,
+        default=task_text.EVERYTHING,
         help='for clean pictures: "noise; rain 0.7 + jpeg @ 2" (%(default)s: all that the starter learned)',
     )
     parser.add_argument("--objective", action="append", default=[], metavar="KIND[:OPTIONS][@WEIGHT]")
@@ -124,12 +124,12 @@ def dataset(specs: Sequence[str], degradations: str, held_out: float) -> dataset
         body, weight = _weighted(spec)
         kind, _, path = body.partition(":")
         if kind == "clean":
-            tasks = datasets.tasks_from_text(degradations.replace(";", "\n"))
-            made = datasets.clean_folder(Path(path), tasks, held_out)
+            tasks = task_text.tasks_from_text(degradations.replace(";", "\n"))
+            made = dataset_sources.clean_folder(Path(path), tasks, held_out)
         elif kind == "pairs":
-            made = datasets.paired_folder(Path(path), held_out_share=held_out)
+            made = dataset_sources.paired_folder(Path(path), held_out_share=held_out)
         elif kind == "manifest":
-            made = datasets.manifest(Path(path), held_out)
+            made = dataset_sources.manifest(Path(path), held_out)
         else:
             raise InputError(f"--dataset {spec}: begin with clean:, pairs: or manifest:")
         parts.append((made, weight))

@@ -1,109 +1,27 @@
-"""Data sets to fine-tune on: pairs from two folders, clean pictures that are damaged on the fly, manifests, mixtures.
+"""Data sets to fine-tune on: pairs, clean pictures that are damaged on the fly, and mixtures of them.
 
-A `Dataset` is a list of entries, a clean picture and its damaged twin or the ways to damage it. Pictures are decoded
-when they are needed and kept within a budget of bytes. Each pair is drawn from a seed of its own, so that a run can be
-resumed exactly and several processes can share out a batch.
+A `Dataset` is a list of entries, a clean picture and its damaged twin or the ways to damage it. Each pair is drawn from
+a seed of its own, so that a run can be resumed exactly and several processes can share out a batch.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError
-from ..models.colour import rgb
 from ..models.layers.padding import pad_to_multiple
-from .data import STARTER_TASKS, SUFFIXES, PhotoCrops, Task, as_arriving, central_crop, reduce, within_crop
-from .degradations import KINDS, Degradation, parse
-
-logger = logging.getLogger(__name__)
-
-EVERYTHING = "everything"
-"""In a text of degradations: all that the starter network was trained for."""
-MANIFEST = "manifest.jsonl"
-
-
-# Pictures -------------------------------------------------------------------------------------------------------------
-
-
-class PictureCache:
-    """Decoded pictures, uint8 [3, H, W], the least recently used ones dropped when they exceed `budget` bytes."""
-
-    def __init__(self, budget: int = 1_000_000_000) -> None:
-        self.budget, self.used = budget, 0
-        self._kept: OrderedDict[Path, torch.Tensor] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __call__(self, source: Path | torch.Tensor) -> torch.Tensor:
-        """The picture of a file, turned upright; a tensor is returned as it is. Raises InputError for other files."""
-        if isinstance(source, torch.Tensor):
-            return source
-        with self._lock:
-            if source in self._kept:
-                self._kept.move_to_end(source)
-                return self._kept[source]
-        picture = _decode(source)
-        with self._lock:
-            if source not in self._kept:
-                self._kept[source] = picture
-                self.used += picture.numel()
-            while self.used > self.budget and len(self._kept) > 1:
-                self.used -= self._kept.popitem(last=False)[1].numel()
-        return picture
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def clear(self) -> None:
-        """Forgets everything."""
-        with self._lock:
-            self._kept.clear()
-            self.used = 0
-
-
-pictures = PictureCache()
-"""What all data sets share; cleared after a training."""
-
-
-def _decode(path: Path) -> torch.Tensor:
-    try:
-        with Image.open(path) as picture:
-            pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise InputError(f"data set: {path} cannot be read as a picture ({error})") from None
-    with torch.inference_mode(False):  # kept, and trained on later
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Pictures of a folder and the folders in it by their name without suffix, in order. Raises InputError if none."""
-    if not folder.is_dir():
-        raise InputError(f"data set: there is no folder {folder}")
-    found = {
-        path.relative_to(folder).with_suffix("").as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SUFFIXES and path.is_file()
-    }
-    if not found:
-        raise InputError(f"data set: no pictures in {folder} ({', '.join(SUFFIXES)})")
-    return found
-
-
-# Entries --------------------------------------------------------------------------------------------------------------
+from .data import PhotoCrops, Task, as_arriving, central_crop, reduce, within_crop
+from .degradations import Degradation
+from .picture_files import pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,151 +222,17 @@ class Stream:
         return damaged, clean, [s.label for s in samples]
 
 
-# Making them ----------------------------------------------------------------------------------------------------------
+def describe(source: Source) -> str:
+    """A data set in words, a line for each part."""
 
+    def line(part: Mapping[str, Any]) -> str:
+        weight = f", weight {part['weight']:g}" if "weight" in part else ""
+        return f"{part['name']}: {part['pictures']} pictures, {', '.join(part['damage'])}{weight}"
 
-def paired_folder(folder: Path, label: str = "damaged", held_out_share: float = 0.1) -> Dataset:
-    """Pairs of equal names (suffixes may differ) in FOLDER/damaged and FOLDER/clean.
+    def lines(part: Mapping[str, Any]) -> list[str]:
+        return [entry for inner in part["mixture"] for entry in lines(inner)] if "mixture" in part else [line(part)]
 
-    label: what is wrong with them, for objectives that tell tasks apart. If damaged/ has folders that clean/ lacks, as
-    damaged/rain/a.png to clean/a.png, each is a label of its own. Raises InputError if nothing fits together.
-    """
-    clean = _files(folder / "clean")
-    entries, lonely = [], []
-    for name, path in _files(folder / "damaged").items():
-        head, _, rest = name.partition("/")
-        if name in clean:
-            entries.append(Entry(name, clean[name], path, label))
-        elif rest in clean:
-            entries.append(Entry(rest, clean[rest], path, head))
-        else:
-            lonely.append(name)
-    if not entries:
-        raise InputError(f"data set: no picture in {folder / 'damaged'} has the name of one in {folder / 'clean'}")
-    if lonely:
-        logger.warning("%s: %d damaged pictures have no clean twin, such as %s", folder, len(lonely), lonely[0])
-    return Dataset(folder.name, tuple(entries), held_out_share=held_out_share)
-
-
-def clean_folder(folder: Path, tasks: Sequence[Task], held_out_share: float = 0.1, colours: bool = True) -> Dataset:
-    """The pictures of a folder (and the folders in it), to be damaged on the fly."""
-    entries = tuple(Entry(name, path) for name, path in _files(folder).items())
-    return Dataset(folder.name, entries, tuple(tasks), held_out_share, colours)
-
-
-def images(
-    clean: torch.Tensor,
-    damaged: torch.Tensor | None = None,
-    tasks: Sequence[Task] = (),
-    label: str = "damaged",
-    held_out_share: float = 0.1,
-) -> Dataset:
-    """Pictures [B, 3, H, W] in 0..1 that are in memory already, with their damaged twins or damaged on the fly.
-
-    Raises InputError if the batches differ in length.
-    """
-    if damaged is not None and len(damaged) not in (1, len(clean)):
-        raise InputError(f"data set: {len(clean)} clean pictures and {len(damaged)} damaged ones")
-    twins = [None] * len(clean) if damaged is None else list(_bytes(damaged).expand(len(clean), -1, -1, -1))
-    entries = (Entry(f"image {i}", c, d, label) for i, (c, d) in enumerate(zip(_bytes(clean), twins, strict=True)))
-    return Dataset("images", tuple(entries), tuple(tasks), held_out_share)
-
-
-def manifest(path: Path, held_out_share: float = 0.1, intensity: tuple[float, float] = (0.0, math.inf)) -> Dataset:
-    """The pairs that a manifest lists, as GenDeg-style synthesis writes it: a JSON object a line with `clean` and
-    `damaged` (files, relative to the manifest's folder), `degradation`, `intensity` {mu, sigma} and `seed`.
-
-    path: the file, or the folder with manifest.jsonl. intensity: keeps the pairs whose mu, the mean absolute
-    difference in 0..1, lies between; pairs without one are kept. Raises InputError naming the line that is wrong.
-    """
-    path = path / MANIFEST if path.is_dir() else path
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"data set: there is no file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data set: {path} cannot be read ({error})") from None
-    lines, entries = text.splitlines(), []
-    if not text.endswith("\n") and len(lines) > 1 and not lines[-1].rstrip().endswith("}"):
-        lines.pop()  # its writer was interrupted, and will cut it off
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-            clean, damaged = (path.parent / _relative(row[side]) for side in ("clean", "damaged"))
-            mu = (row.get("intensity") or {}).get("mu")
-            kept = mu is None or intensity[0] <= float(mu) <= intensity[1]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"data set: {where}: needs clean and damaged, paths of pictures ({error!r})") from None
-        for picture in (clean, damaged):
-            if not picture.is_file():
-                raise InputError(f"data set: {where}: there is no file {picture}")
-        if kept:
-            entries.append(Entry(str(row["clean"]), clean, damaged, str(row.get("degradation") or "damaged")))
-    if not entries:
-        raise InputError(f"data set: {path} lists no pairs" + (" of this intensity" if lines else ""))
-    return Dataset(path.parent.name, tuple(entries), held_out_share=held_out_share)
-
-
-def _relative(name: str) -> str:
-    if Path(name).is_absolute():
-        raise ValueError(f"{name} must be relative to the manifest")
-    return name
-
-
-def tasks_from_text(text: str) -> tuple[Task, ...]:
-    """Tasks from text, a line each: kinds of damage joined by "+", each with its strength or exact parameters, and
-    after "@" how often the line is drawn.
-
-        everything
-        rain 0.7 + noise @ 2
-        jpeg: quality 10
-
-    "everything" stands for the tasks of the starter network. Raises InputError for what cannot be read.
-    """
-    tasks: dict[str, Task] = {}
-    for line in filter(None, (line.strip() for line in text.splitlines())):
-        body, _, amount = line.partition("@")
-        try:
-            weight = float(amount) if amount else 1.0
-        except ValueError:
-            raise InputError(f"degradations: {amount.strip()!r} in {line!r} is not a number") from None
-        if not weight > 0 or not math.isfinite(weight):
-            raise InputError(f"degradations: the weight in {line!r} must be above zero")
-        if body.strip().lower() == EVERYTHING:
-            tasks.update({t.name: replace(t, weight=t.weight * weight) for t in STARTER_TASKS})
-            continue
-        chain = tuple(_step(part.strip(), line) for part in body.split("+"))
-        kinds = [step.kind for step in chain if step is not None]
-        name = " + ".join(kinds) or "clean"
-        before = tasks.get(name, Task(name, 0.0, ()))
-        steps = tuple(step for step in chain if step is not None)
-        tasks[name] = Task(name, before.weight + weight, (*before.chains, steps))
-    if not tasks:
-        raise InputError(
-            f"degradations: name at least one, such as noise; known: {EVERYTHING}, clean, {', '.join(KINDS)}"
-        )
-    return tuple(tasks.values())
-
-
-def _step(text: str, line: str) -> Degradation | None:
-    """One kind of damage; None for "clean"."""
-    if ":" in text:
-        return parse(text)[0]
-    kind, _, strength = text.partition(" ")
-    if kind == "clean":
-        return None
-    try:
-        return Degradation(kind, float(strength) if strength.strip() else 1.0)
-    except ValueError:
-        raise InputError(
-            f"degradations: cannot read {text!r} in {line!r}; write KIND STRENGTH, or KIND: NAME VALUE"
-        ) from None
-
-
-# Pixels ---------------------------------------------------------------------------------------------------------------
+    return "\n".join(lines(source.describe()))
 
 
 def _draw(generator: torch.Generator) -> float:
@@ -462,11 +246,6 @@ def _rank(name: str) -> float:
 
 def _index(count: int, generator: torch.Generator) -> int:
     return int(torch.randint(count, (), generator=generator))
-
-
-def _bytes(image: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode(False):  # pictures on the graph are inference tensors
-        return (rgb(image).cpu().clone().clamp(0, 1) * 255).round().byte()
 
 
 def _turn(crops: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
@@ -501,16 +280,3 @@ def _centre(damaged: torch.Tensor, clean: torch.Tensor, size: int, scale: int) -
     top, left = ((damaged.shape[i] - small.shape[i]) // 2 * scale for i in (1, 2))
     height, width = (scale * extent for extent in small.shape[1:])
     return small, clean[:, top : top + height, left : left + width].contiguous()
-
-
-def describe(source: Source) -> str:
-    """A data set in words, a line for each part."""
-
-    def line(part: Mapping[str, Any]) -> str:
-        weight = f", weight {part['weight']:g}" if "weight" in part else ""
-        return f"{part['name']}: {part['pictures']} pictures, {', '.join(part['damage'])}{weight}"
-
-    def lines(part: Mapping[str, Any]) -> list[str]:
-        return [entry for inner in part["mixture"] for entry in lines(inner)] if "mixture" in part else [line(part)]
-
-    return "\n".join(lines(source.describe()))

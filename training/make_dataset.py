@@ -34,7 +34,7 @@ from ..guidance.measurement import draw
 from ..models.degradation_model import KINDS, DegradationModel
 from . import degradations
 from .data import SUFFIXES
-from .datasets import MANIFEST
+from .dataset_sources import MANIFEST
 from .degradation_model import SIMULATED
 
 logger = logging.getLogger(__name__)

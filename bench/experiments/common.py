@@ -16,7 +16,7 @@ import torch
 
 from ... import models
 from ...models.layers.padding import crop, pad_to_multiple
-from ...training import datasets, finetune
+from ...training import dataset_sources, datasets, finetune, task_text
 from ...training.objectives.base import Objective
 from ...training.trainer import psnr
 
@@ -71,7 +71,9 @@ def learn(
     learning_rate: float = 2e-3,
 ) -> models.Restorer:
     """The averaged network after `steps` of training on the photographs of train/."""
-    source = datasets.clean_folder(chosen.photos / "train", datasets.tasks_from_text(DAMAGE), held_out_share=0.0)
+    source = dataset_sources.clean_folder(
+        chosen.photos / "train", task_text.tasks_from_text(DAMAGE), held_out_share=0.0
+    )
     settings = finetune.settings(
         steps, learning_rate=learning_rate, size=chosen.crop, batch=chosen.batch, seed=seed, save_every=1e9
     )
@@ -84,7 +86,9 @@ def learn(
 
 def held_out(chosen: argparse.Namespace, size: int = 128) -> list[datasets.Sample]:
     """Every kind of damage on every validation photograph; always the same."""
-    source = datasets.clean_folder(chosen.photos / "validation", datasets.tasks_from_text(DAMAGE), held_out_share=0.0)
+    source = dataset_sources.clean_folder(
+        chosen.photos / "validation", task_text.tasks_from_text(DAMAGE), held_out_share=0.0
+    )
     return source.held_out(size, count=len(source.entries))
 
 

@@ -2,30 +2,29 @@
 
 `read` opens safetensors files and files of torch.save without running anything in them (`pickled`, `torch_file`,
 `safetensor_file`); `unwrap` finds the weights in what training code wrapped around them; the registry says which network
-they are and with which hyper-parameters. Every error is a CheckpointError that names the file.
+they are and with which hyper-parameters, `empty` builds it for them. Every error is a CheckpointError that names the file.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import mmap
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError, ConfigError
 from . import catalogue, foreign, registry
+from .empty import NONSENSE, build_empty
 from .file_kinds import describe, describe_weights
 from .registry import Architecture
+from .resemblance import closest
 from .restorer import Restorer
 from .safetensor_file import looks_like_safetensors, read_safetensors
 from .torch_file import ZIP_START, read_legacy, read_zip
@@ -35,23 +34,8 @@ logger = logging.getLogger(__name__)
 
 _KINDS = ("restorer", "codec", "prior", "embedder", "classifier", "critic", "helper")
 _MARK = "mend."
-# What code that reads names and shapes raises when they make no sense.
-_NONSENSE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    MemoryError,
-)
 _HARMLESS = re.compile(r"(^|\.)(total_ops|total_params|num_batches_tracked)$")
 _LISTED = 6
-_CALLS_PER_TENSOR = 30
-_RESEMBLANCE = 0.6
-"""The share of a network's kinds of keys that a file must have to be called an incomplete one."""
-_NUMBER = re.compile(r"\d+")
 
 
 @dataclass
@@ -260,7 +244,7 @@ def _prepare(architecture: Architecture, state: dict[str, torch.Tensor]) -> dict
         if architecture.prepare_state_dict is not None:
             state = architecture.prepare_state_dict(dict(state))
         return state if architecture.detect(state) else None
-    except (*_NONSENSE, CheckpointError):
+    except (*NONSENSE, CheckpointError):
         return None
 
 
@@ -296,7 +280,7 @@ def configuration(
         found = dict(architecture.config_from_state_dict(state))
     except KeyError as error:
         raise CheckpointError(f"looks like {architecture.title}, but this entry is missing: {error.args[0]}") from None
-    except (*_NONSENSE, ConfigError) as error:
+    except (*NONSENSE, ConfigError) as error:
         raise CheckpointError(f"looks like {architecture.title}, but its shapes make no sense ({error})") from None
     try:
         # "acl_config" and the like: what others may write beside their weights.
@@ -351,108 +335,20 @@ def _check_fit(architecture: Architecture, module: nn.Module, state: dict[str, t
         raise CheckpointError(f"looks like {architecture.title}, but {'; '.join(problems)}")
 
 
-def build_empty(
-    architecture: Architecture, config: Mapping[str, Any], tensors: int = 10_000, size: int = 1 << 34
-) -> nn.Module:
-    """A network whose random initialisation was skipped; tables that it computes are right. Global RNG untouched.
-
-    tensors, size: how many tensors and bytes of weights there are for it; a network far beyond them is refused before
-    its memory is asked for. Raises CheckpointError.
-    """
-    try:
-        with (
-            torch.random.fork_rng(devices=[]),
-            _Construction(_CALLS_PER_TENSOR * (tensors + 100), 8 * size + (64 << 20)),
-        ):
-            return architecture.build(config)
-    except (*_NONSENSE, ConfigError) as error:
-        raise CheckpointError(f"looks like {architecture.title}, but no network has such shapes ({error})") from None
-
-
-class _Construction(TorchFunctionMode):
-    """While a network is built: zeros instead of random numbers, and an end when it is far larger than its weights.
-
-    Zeros and not what memory holds: initialisers that draw until all values are within bounds must come to an end.
-
-    calls: how many torch functions it may call; memory: how many bytes it may ask for.
-    """
-
-    _FILLS = frozenset(
-        [getattr(torch.Tensor, n) for n in ("uniform_", "normal_")]
-        + [getattr(nn.init, n) for n in ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_")]
-    )
-    _RANDOM = frozenset((torch.rand, torch.randn))
-    _SIZED = frozenset((torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn))
-
-    def __init__(self, calls: int, memory: int) -> None:
-        super().__init__()
-        self.calls, self.memory = calls, memory
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in self._FILLS:
-            return (args[0] if args else kwargs["tensor"]).detach().zero_()
-        if func in self._SIZED:
-            shape = kwargs.get("size") or (args[0] if args and isinstance(args[0], Sequence) else args)
-            self.memory -= 4 * math.prod(shape)
-        elif func is torch.full:
-            self.memory -= 4 * math.prod(args[0] if args else kwargs["size"])
-        elif func in (torch.arange, torch.linspace, torch.eye):
-            self.memory -= 8 * int(max([abs(a) for a in args if isinstance(a, (int, float))], default=0))
-        self.calls -= 1
-        if self.calls < 0 or self.memory < 0:
-            raise RuntimeError("it would be far larger than the weights in the file")
-        if func in self._RANDOM:
-            func = torch.zeros
-            kwargs.pop("generator", None)
-        return func(*args, **kwargs)
-
-
 def _unknown(checkpoint: Checkpoint, candidates: list[Architecture], system: str | None) -> str:
     """Why no architecture was found, as helpful as the keys allow."""
     keys = [key for weights in checkpoint.sets for key in weights.tensors]
     other = describe_weights(keys)
     if other and system is None:
         return f"this looks like {other}"
-    closest = _closest(checkpoint.sets[0].tensors, candidates)
-    if closest is not None:
-        architecture, missing = closest
+    resembled = closest(checkpoint.sets[0].tensors, candidates)
+    if resembled is not None:
+        architecture, missing = resembled
         return f"looks like {architecture.title}, but these keys are missing: {_some(missing)}"
     if system is not None:
         return f"this is not a {candidates[0].title} checkpoint; its first entries are {_some(keys)}"
     known = ", ".join(sorted({a.title for a in candidates}))
     return f"no network known here has such weights; its first entries are {_some(keys)}. Known: {known}"
-
-
-def _closest(tensors: Mapping[str, Any], candidates: list[Architecture]) -> tuple[Architecture, list[str]] | None:
-    """The architecture that lacks the fewest kinds of keys, if most are there; with examples of what it lacks."""
-    best: tuple[float, Architecture, list[str]] | None = None
-    for view, _, _ in views(dict(tensors)):
-        present = {_NUMBER.sub("#", key) for key in view}
-        for architecture in candidates:
-            if not any(_NUMBER.sub("#", key) in present for key in architecture.signature):
-                continue  # saves building its outline
-            wanted = _kinds_of_keys(architecture.id)
-            missing = [key for kind, key in wanted.items() if kind not in present]
-            share = 1 - len(missing) / max(len(wanted), 1)
-            if missing and share >= _RESEMBLANCE and (best is None or share > best[0]):
-                best = (share, architecture, missing)
-    return None if best is None else best[1:]
-
-
-@lru_cache(maxsize=64)
-def _kinds_of_keys(architecture_id: str) -> dict[str, str]:
-    """The names of an architecture's weights with "#" for numbers, each with an example; of its first released form."""
-    architecture = registry.get(architecture_id)
-    config = next(iter(architecture.variants.values()), None)
-    if config is None:
-        return {}
-    with torch.device("meta"):
-        keys = architecture.build(config).state_dict()
-    computed = [re.compile(p) for p in architecture.computed_buffers]
-    return {_NUMBER.sub("#", k): k for k in reversed(keys) if not any(p.search(k) for p in computed)}
 
 
 def _some(names: Iterable[str]) -> str:

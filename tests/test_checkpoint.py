@@ -19,6 +19,7 @@ from comfyui_mend import models
 from comfyui_mend.errors import CheckpointError, ConfigError
 from comfyui_mend.models import checkpoint as reading
 from comfyui_mend.models import convert
+from comfyui_mend.models import empty as building
 
 CONFIG = {
     "dim": 8,
@@ -305,7 +306,7 @@ def test_loading_leaves_the_random_state_and_makes_trainable_parameters(state):
 
 
 def test_building_without_random_numbers_keeps_computed_tables(network):
-    empty = reading.build_empty(models.registry.get("moce-ir"), CONFIG)
+    empty = building.build_empty(models.registry.get("moce-ir"), CONFIG)
     name = "dec.0.2.layers.0.adapter.routing.complexity"
     assert torch.equal(empty.state_dict()[name], network.state_dict()[name])
     assert all(p.isfinite().all() for p in empty.parameters())

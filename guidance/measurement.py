@@ -55,7 +55,7 @@ def measure(operator: Operator, image: torch.Tensor, noise: float = 0.0, seed: i
 
 def seen_noise(operator: Operator, noise: torch.Tensor) -> torch.Tensor:
     """`noise` without what lies on pixels that the operator does not measure."""
-    last = operator.outer if isinstance(operator, Composition) else operator
+    *_, last = operator.chain()
     return last.A(noise) if isinstance(last, Inpainting) else noise
 
 

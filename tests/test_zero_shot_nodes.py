@@ -171,6 +171,13 @@ def test_noise_is_not_measured_where_the_picture_is_missing() -> None:
     assert float((found.y * (1 - operator.mask)).abs().max()) == 0
 
 
+def test_noise_is_not_measured_where_any_composition_ends_with_a_mask() -> None:
+    grey, mask = OPERATORS["colourise"], OPERATORS["inpaint"]
+    masked_twice = operators.Composition(operators.Composition(mask, mask), grey)
+    found = measurement.measure(masked_twice, torch.rand(1, 3, 16, 16), 0.5)
+    assert float((found.y * (1 - mask.mask)).abs().max()) == 0
+
+
 def test_a_real_picture_becomes_a_measurement_with_its_noise_estimated() -> None:
     clean = torch.linspace(0.2, 0.8, 96).expand(1, 3, 96, 96).movedim(1, -1)
     noisy = clean + 0.05 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))

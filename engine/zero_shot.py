@@ -217,11 +217,16 @@ def cm4ir_preset(name: str, measurement: Measurement, prior: Prior | None = None
 
 
 def levels(sigmas: torch.Tensor) -> torch.Tensor:
-    """The noise levels to evaluate at: SIGMAS without the zero that ends it. Raises InputError if there is none."""
+    """The noise levels to evaluate at: SIGMAS without the zero that ends it.
+
+    Raises InputError if there is none, or one is not a positive number.
+    """
     found = sigmas.float().cpu()
     found = found[:-1] if len(found) and float(found[-1]) == 0 else found
     if not len(found) or bool((found <= 0).any()):
         raise InputError("sigmas: needs at least one noise level above 0, each one evaluation of the prior")
+    if not bool(found.isfinite().all()):
+        raise InputError("sigmas: holds a level that is no finite number; take sigmas from a scheduler or CM4IR Sigmas")
     return found
 
 

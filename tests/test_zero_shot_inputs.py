@@ -55,6 +55,12 @@ FOUR_CHANNELS, A_VIDEO, NOTHING = (2, 4, 8, 12), (1, 16, 2, 8, 12), (0, 3, 8, 12
 WRONG_SIZE, WRONG_BATCH, ONE_FOR_TWO = (2, 3, 12, 8), (3, 3, 8, 12), (1, 3, 8, 12)
 
 
+@pytest.mark.parametrize("level", [float("inf"), float("nan")])
+def test_a_noise_level_that_is_no_number_is_refused_before_the_network_is_asked(level: float) -> None:
+    with pytest.raises(InputError, match="sigmas: .* no finite number"):
+        guidance.StartFromMeasurement.execute(Unused(), SEEN, torch.tensor([level, 0.0]))
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [

@@ -318,6 +318,7 @@ def test_an_unreadable_photograph_is_reported_and_passed_over(photos, tmp_path):
     (photos / "broken.png").write_bytes(b"\x89PNG nothing")
     report = _make(photos, tmp_path / "out")
     assert report.unreadable == ["broken"] and report.made == 6
+    assert make_dataset.main([str(photos), "--out", str(tmp_path / "told"), "--by", "simulation"]) == 1
 
 
 def test_the_command_writes_what_the_node_writes(photos, tmp_path, small):

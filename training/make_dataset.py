@@ -303,7 +303,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Carries out the command."""
+    """Returns 0 if every photograph was read, 1 if one was not; the others' pairs are made all the same."""
     painter = simulation() if options.by == "simulation" else model(options.model, options.steps)
     settings = Settings(painter.name, options.seed, options.largest)
     kinds = kinds_from_text(options.degradations, painter.kinds)
@@ -316,7 +316,7 @@ def run(options: argparse.Namespace) -> int:
         from_folder(options.photos, options.out), options.out, painter, kinds, settings, options.per_photo, tell
     )
     logger.info("%s", report.text())
-    return 0
+    return 1 if report.unreadable else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -67,6 +67,17 @@ def test_resuming_changes_nothing(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_the_log_has_the_means_of_the_steps_since_a_stop(tmp_path):
+    first = run(tmp_path, steps=20)
+    with pytest.raises(Cancelled):
+        first.run(should_stop=lambda: first.progress.step == 15, bar=False)
+    resumed, losses = run(tmp_path, steps=20), []
+    resumed.resume()
+    resumed.run(bar=False, on_step=lambda values: losses.append(values["loss"]))
+    line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert line["step"] == 20 and line["loss"] == pytest.approx(sum(losses) / 5, abs=2e-6)
+
+
 def test_workers_give_the_gradients_of_one(tmp_path):
     class Plain:
         def __call__(self, module, damaged, clean, generator):

@@ -268,6 +268,7 @@ class Trainer:
         """
         saved = validated = time.monotonic()
         sums: dict[str, float] = {}
+        counted = 0  # fewer than 20 steps after the run was stopped in between
         with tqdm(total=1000, initial=int(1000 * self.share), disable=not bar, unit="‰", mininterval=5) as line:
             while self.share < 1:
                 begun = time.monotonic()
@@ -275,11 +276,13 @@ class Trainer:
                 now = time.monotonic()
                 self.progress.seconds += now - begun
                 for name, value in values.items():
-                    sums[name] = sums.get(name, 0.0) + value / 20
+                    sums[name] = sums.get(name, 0.0) + value
+                counted += 1
                 if self.progress.step % 20 == 0:
-                    self._log({k: round(v, 6) for k, v in sums.items()})
-                    line.set_postfix(loss=f"{sums['loss']:.4f}", step=self.progress.step, refresh=False)
-                    sums = {}
+                    means = {name: total / counted for name, total in sums.items()}
+                    self._log({name: round(mean, 6) for name, mean in means.items()})
+                    line.set_postfix(loss=f"{means['loss']:.4f}", step=self.progress.step, refresh=False)
+                    sums, counted = {}, 0
                 line.update(int(1000 * self.share) - line.n)
                 if on_step is not None:
                     on_step(values)

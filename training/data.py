@@ -114,24 +114,24 @@ def _mixture(*kinds: str, strength: float = 0.7) -> tuple[Degradation, ...]:
 
 STARTER_TASKS = (
     # half of the noise is weak: there a blind network is hardest to tell from one that knows the level
-    Task("noise", 0.44, ((Degradation("noise"),), (Degradation("noise", 0.5),))),
+    Task("noise", 0.85, ((Degradation("noise"),), (Degradation("noise", 0.5),))),
     _single("channel-noise", 0.02, "channel-noise"),
     _single("poisson", 0.02, "poisson"),
     _single("blur", 0.07, "blur", choice=3),
-    _single("motion-blur", 0.32, "motion-blur", choice=3),
+    _single("motion-blur", 0.42, "motion-blur", choice=3),
     _single("defocus", 0.02, "defocus", choice=3),
     _single("downsample", 0.02, "downsample", choice=3),
     _single("rain", 0.055, "rain"),
     _single("raindrops", 0.015, "raindrops"),
-    _single("snow", 0.09, "snow"),
-    _single("haze", 0.36, "haze", smallest=0.12),
+    _single("snow", 0.14, "snow"),
+    _single("haze", 0.42, "haze", smallest=0.12),
     _single("low-light", 0.22, "low-light", smallest=0.12),
-    _single("jpeg", 0.21, "jpeg", choice=3),
+    _single("jpeg", 0.18, "jpeg", choice=3),
     Task("clean", 0.05, ((),), smallest=0.25),
-    Task("haze and noise", 0.10, (_mixture("haze", "noise", strength=1.0),), smallest=0.12),
+    Task("haze and noise", 0.18, (_mixture("haze", "noise", strength=1.0),), smallest=0.12),
     Task(
         "mixture",
-        0.10,
+        0.14,
         (
             _mixture("haze", "noise"),
             _mixture("haze", "rain"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..engine import classify
 from . import sockets
-from .api import advanced, io
+from .api import Node, advanced, io
 from .images import as_image, channels_first
 from .inputs import above, held
 
@@ -14,7 +14,7 @@ CASES = 4
 _UNCONNECTED = object()
 
 
-class ClassifyDegradation(io.ComfyNode):
+class ClassifyDegradation(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -89,7 +89,7 @@ class ClassifyDegradation(io.ComfyNode):
         return io.NodeOutput(found, classify.overall(found)[0], as_image(classify.charts(found)), found.report())
 
 
-class _Switch(io.ComfyNode):
+class _Switch(Node):
     """Passes on one of its inputs, chosen by the degradation's label; only the branch that is chosen runs."""
 
     VALUE: Any

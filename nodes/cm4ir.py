@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..engine import zero_shot
 from ..errors import InputError
 from ..guidance import cm4ir, schedules
-from .api import advanced, io
+from .api import Node, advanced, io
 from .inputs import check_choices, seed_input, within
 from .zero_shot_inputs import (
     CATEGORY,
@@ -39,7 +39,7 @@ from .zero_shot_inputs import (
 _NOISY = "Start From Measurement or the step before"
 
 
-class Cm4irSigmas(io.ComfyNode):
+class Cm4irSigmas(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -67,7 +67,7 @@ class Cm4irSigmas(io.ComfyNode):
         return io.NodeOutput(as_sigmas(schedules.cm4ir_sigmas(steps, start, gamma), flow))
 
 
-class StartFromMeasurement(io.ComfyNode):
+class StartFromMeasurement(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -111,7 +111,7 @@ class StartFromMeasurement(io.ComfyNode):
         return states_and_picture(prior, zero_shot.picture_size(measurement), start)
 
 
-class PredictClean(io.ComfyNode):
+class PredictClean(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -144,7 +144,7 @@ class PredictClean(io.ComfyNode):
         return states_and_picture(prior, state.shape, predict)
 
 
-class BackProject(io.ComfyNode):
+class BackProject(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -177,7 +177,7 @@ class BackProject(io.ComfyNode):
         return states_and_picture(prior, zero_shot.picture_size(measurement), back_project)
 
 
-class MixNoise(io.ComfyNode):
+class MixNoise(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -218,7 +218,7 @@ class MixNoise(io.ComfyNode):
         return io.NodeOutput(as_latent(mixed))
 
 
-class Cm4irStep(io.ComfyNode):
+class Cm4irStep(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

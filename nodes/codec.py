@@ -16,7 +16,7 @@ from ..engine.pictures import from_pil
 from ..engine.values import check_image
 from ..errors import InputError
 from . import sockets
-from .api import advanced, io, ui
+from .api import Node, advanced, io, ui
 from .images import as_image, channels_first
 from .inputs import ModelFile, above, accepted, check_choices, fingerprint, model_input, one_of
 
@@ -63,7 +63,7 @@ def _check_streams(streams: Sequence[Bitstream]) -> None:
         raise InputError("bitstream: the batch is empty; connect at least one picture to Encode Bitstream")
 
 
-class LoadCodec(ModelFile, io.ComfyNode):
+class LoadCodec(ModelFile, Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -86,7 +86,7 @@ class LoadCodec(ModelFile, io.ComfyNode):
         return io.NodeOutput(compress.load(model_folder.model_path(model_name)))
 
 
-class EncodeBitstream(io.ComfyNode):
+class EncodeBitstream(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -158,7 +158,7 @@ class EncodeBitstream(io.ComfyNode):
         return io.NodeOutput(tuple(streams), rate, compress.describe(streams))
 
 
-class DecodeBitstream(io.ComfyNode):
+class DecodeBitstream(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         corner = {"default": 0, "min": 0, "max": 65535}
@@ -199,7 +199,7 @@ def _decode(codec, streams: tuple[Bitstream, ...], region: tuple[int, int, int, 
     return torch.stack(pictures)
 
 
-class SaveBitstream(io.ComfyNode):
+class SaveBitstream(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -239,7 +239,7 @@ class SaveBitstream(io.ComfyNode):
         return io.NodeOutput(ui=ui.PreviewText("\n".join(lines)))
 
 
-class LoadBitstream(io.ComfyNode):
+class LoadBitstream(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -275,7 +275,7 @@ class LoadBitstream(io.ComfyNode):
         return io.NodeOutput(streams, compress.describe(streams))
 
 
-class CompressRestore(io.ComfyNode):
+class CompressRestore(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -309,7 +309,7 @@ class CompressRestore(io.ComfyNode):
         return io.NodeOutput(as_image(torch.stack(decoded)), tuple(streams), compress.describe(streams))
 
 
-class RateReport(io.ComfyNode):
+class RateReport(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ..engine import colours
-from .api import advanced, io
+from .api import Node, advanced, io
 from .images import as_image, channels_first
 from .inputs import one_of
 
 
-class ColourFix(io.ComfyNode):
+class ColourFix(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

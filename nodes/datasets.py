@@ -9,7 +9,7 @@ from ..engine import train
 from ..engine.values import check_image
 from ..training import dataset_sources, datasets, task_text
 from . import sockets
-from .api import advanced, io
+from .api import Node, advanced, io
 from .images import as_image, channels_first
 from .inputs import above, accepted, fingerprint, first_problem
 
@@ -102,7 +102,7 @@ class _FolderNode:
         return fingerprint(lambda: _newest(train.input_folder(folder)), folder)
 
 
-class PairedFolder(_FolderNode, io.ComfyNode):
+class PairedFolder(_FolderNode, Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -130,7 +130,7 @@ class PairedFolder(_FolderNode, io.ComfyNode):
         return _show(dataset_sources.paired_folder(train.input_folder(folder), label, held_out), shown, crop)
 
 
-class CleanFolder(_FolderNode, io.ComfyNode):
+class CleanFolder(_FolderNode, Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -158,7 +158,7 @@ class CleanFolder(_FolderNode, io.ComfyNode):
         return _show(dataset_sources.clean_folder(train.input_folder(folder), tasks, held_out), shown, crop)
 
 
-class DatasetFromImages(io.ComfyNode):
+class DatasetFromImages(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -208,7 +208,7 @@ def _manifest_folder(folder: str) -> Path:
     return file.parent if file.name == dataset_sources.MANIFEST and file.is_file() else train.input_folder(folder)
 
 
-class DatasetManifest(_FolderNode, io.ComfyNode):
+class DatasetManifest(_FolderNode, Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -258,7 +258,7 @@ class DatasetManifest(_FolderNode, io.ComfyNode):
         return _show(dataset_sources.manifest(_manifest_folder(folder), held_out, (mu_from, mu_to)), shown, crop)
 
 
-class MixDatasets(io.ComfyNode):
+class MixDatasets(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         numbers = range(1, SLOTS + 1)

@@ -7,7 +7,7 @@ import torch
 from ..engine import host
 from ..engine.values import check_values
 from ..training.degradations import KINDS, Degradation, degrade, describe, parse
-from .api import advanced, io
+from .api import Node, advanced, io
 from .images import as_image, channels_first
 from .inputs import accepted, seed_input
 
@@ -36,7 +36,7 @@ def _strength(name: str, of: str) -> io.Float.Input:
     )
 
 
-class DegradeImage(io.ComfyNode):
+class DegradeImage(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from ..engine import ensemble, uncertainty
 from . import sockets
-from .api import advanced, io
+from .api import Node, advanced, io
 from .images import as_image, as_mask, channels_first
 from .inputs import Precision, chosen, first_problem, one_of, tiling_inputs
 
 COUNTS = {"2 (mirrored)": 2, "4 (mirrored both ways)": 4, "8 (and turned)": 8}
 
 
-class SelfEnsemble(Precision, io.ComfyNode):
+class SelfEnsemble(Precision, Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

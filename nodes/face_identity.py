@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from ..engine import face_identity, journal
 from . import sockets
-from .api import io
+from .api import Node, io
 from .images import as_image, channels_first
 from .inputs import accepted, fingerprint
 
 
-class FaceIdentity(io.ComfyNode):
+class FaceIdentity(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         files = face_identity.files()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..engine import colours, face_finding
 from ..engine import faces as faces_module
 from . import sockets
-from .api import advanced, io
+from .api import Node, advanced, io
 from .images import as_image, as_mask, channels_first, connected_mask
 from .inputs import above, chosen, one_of
 
@@ -13,7 +13,7 @@ COLOURS = ["none", *colours.METHODS]
 WITHOUT_FACES = ["stop", "carry on"]
 
 
-class FindFaces(io.ComfyNode):
+class FindFaces(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -71,7 +71,7 @@ class FindFaces(io.ComfyNode):
         return io.NodeOutput(found, found.describe())
 
 
-class MarkFaces(io.ComfyNode):
+class MarkFaces(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -112,7 +112,7 @@ class MarkFaces(io.ComfyNode):
         return io.NodeOutput(found, found.describe())
 
 
-class AlignFaces(io.ComfyNode):
+class AlignFaces(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -168,7 +168,7 @@ class AlignFaces(io.ComfyNode):
         return io.NodeOutput(as_image(faces_module.align(pictures, faces, size)), faces)
 
 
-class PasteFaces(io.ComfyNode):
+class PasteFaces(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ..engine import feature_maps
 from . import sockets
-from .api import io
+from .api import Node, io
 from .images import as_image, channels_first
 
 
-class EncodeFeatures(io.ComfyNode):
+class EncodeFeatures(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -35,7 +35,7 @@ class EncodeFeatures(io.ComfyNode):
         return io.NodeOutput(found, feature_maps.describe(found))
 
 
-class ShowFeatures(io.ComfyNode):
+class ShowFeatures(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -62,7 +62,7 @@ class ShowFeatures(io.ComfyNode):
         return io.NodeOutput(as_image(feature_maps.picture(features, level)))
 
 
-class BlendFeatures(io.ComfyNode):
+class BlendFeatures(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -88,7 +88,7 @@ class BlendFeatures(io.ComfyNode):
         return io.NodeOutput(features.blend(other, feature_maps.numbers(amounts, len(features.maps), "amounts")))
 
 
-class DecodeFeatures(io.ComfyNode):
+class DecodeFeatures(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -8,7 +8,7 @@ from ..engine.values import check_image
 from ..errors import InputError
 from ..guidance import gendeg as intensities
 from . import sockets
-from .api import advanced, io
+from .api import Node, advanced, io
 from .gendeg_inputs import CATEGORY, KINDS, KINDS_AND_MIXTURES, caption_input, kind_input, mu_input, sigma_input
 from .images import as_image, channels_first
 from .inputs import accepted, fingerprint, one_of, seed_input
@@ -27,7 +27,7 @@ def _scales() -> list[io.Input]:
     ]
 
 
-class LoadGenDeg(io.ComfyNode):
+class LoadGenDeg(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -71,7 +71,7 @@ class LoadGenDeg(io.ComfyNode):
         return io.NodeOutput(*gendeg.load(gendeg.checkpoint_path(model_name), averaged))
 
 
-class DegradationIntensity(io.ComfyNode):
+class DegradationIntensity(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -123,7 +123,7 @@ class DegradationIntensity(io.ComfyNode):
         return io.NodeOutput(full, null, text)
 
 
-class GenDegGuider(io.ComfyNode):
+class GenDegGuider(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -154,7 +154,7 @@ class GenDegGuider(io.ComfyNode):
         return io.NodeOutput(guider, {"samples": latent * 0})
 
 
-class FractionalTimesteps(io.ComfyNode):
+class FractionalTimesteps(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -172,7 +172,7 @@ class FractionalTimesteps(io.ComfyNode):
         return io.NodeOutput(gendeg.published_sampling(model))
 
 
-class IntensitySampler(io.ComfyNode):
+class IntensitySampler(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -223,7 +223,7 @@ class IntensitySampler(io.ComfyNode):
         return io.NodeOutput(found.mu, found.sigma, text)
 
 
-class MeasureIntensity(io.ComfyNode):
+class MeasureIntensity(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -258,7 +258,7 @@ class MeasureIntensity(io.ComfyNode):
         return io.NodeOutput(float(mu.mean()), float(sigma.mean()), "\n".join(lines))
 
 
-class CorrectStructure(io.ComfyNode):
+class CorrectStructure(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -290,7 +290,7 @@ class CorrectStructure(io.ComfyNode):
         return io.NodeOutput(as_image(gendeg.correct(network, *pictures, strength)))
 
 
-class DegraderFromGenDeg(io.ComfyNode):
+class DegraderFromGenDeg(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

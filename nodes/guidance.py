@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..engine import loaded, model_folder, zero_shot
 from ..guidance import cm4ir, schedules
 from . import sockets
-from .api import advanced, io
+from .api import Node, advanced, io
 from .cm4ir import BackProject, Cm4irSigmas, Cm4irStep, MixNoise, PredictClean, StartFromMeasurement
 from .images import as_image
 from .inputs import ModelFile, check_choices, model_input, precision_input, seed_input, within
@@ -31,7 +31,7 @@ SCHEMES = ["CM4IR", "RDMD"]
 STARTER = "mend-prior-starter.safetensors"
 
 
-class LoadPrior(ModelFile, io.ComfyNode):
+class LoadPrior(ModelFile, Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -73,7 +73,7 @@ class LoadPrior(ModelFile, io.ComfyNode):
         return io.NodeOutput(zero_shot.network_prior(network, kind, label, precision))
 
 
-class PriorFromRestorer(io.ComfyNode):
+class PriorFromRestorer(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -93,7 +93,7 @@ class PriorFromRestorer(io.ComfyNode):
         return io.NodeOutput(zero_shot.RestorerPrior(restorer))
 
 
-class ZeroShotRestore(io.ComfyNode):
+class ZeroShotRestore(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -215,7 +215,7 @@ class ZeroShotRestore(io.ComfyNode):
         return io.NodeOutput(as_image(zero_shot.restore_cm4ir(prior, measurement, seed, sigmas, how)))
 
 
-class StateToImage(io.ComfyNode):
+class StateToImage(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

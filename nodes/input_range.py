@@ -5,12 +5,12 @@ from __future__ import annotations
 from ..engine import input_range
 from ..models.transweather import INPUT_RANGES
 from . import sockets
-from .api import io
+from .api import Node, io
 from .images import channels_first
 from .inputs import one_of
 
 
-class InputRange(io.ComfyNode):
+class InputRange(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

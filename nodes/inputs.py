@@ -106,7 +106,7 @@ def model_input(tooltip: str, first: str = "") -> io.Input:
 
 
 class ModelFile:
-    """Mixin before io.ComfyNode, for nodes with a `model_input`: the file exists; the node runs again when it changed."""
+    """Mixin before Node, for nodes with a `model_input`: the file exists; the node runs again when it changed."""
 
     @classmethod
     def validate_inputs(cls, model_name: str | None) -> bool | str:
@@ -127,7 +127,7 @@ def precision_input(default: str = "auto", tooltip: str = "") -> io.Input:
 
 
 class Precision:
-    """Mixin before io.ComfyNode, for nodes with a `precision_input`."""
+    """Mixin before Node, for nodes with a `precision_input`."""
 
     @classmethod
     def validate_inputs(cls, precision: str | None) -> bool | str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from ..engine import describe, folders, host, html_report, quality, report
 from . import sockets
-from .api import advanced, io, ui
+from .api import Node, advanced, io, ui
 from .images import as_image, channels_first
 from .inputs import above
 
 
-class CompareImages(io.ComfyNode):
+class CompareImages(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -89,7 +89,7 @@ class CompareImages(io.ComfyNode):
         return io.NodeOutput(as_image(sheet))
 
 
-class ImageMetrics(io.ComfyNode):
+class ImageMetrics(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -146,7 +146,7 @@ class ImageMetrics(io.ComfyNode):
         return io.NodeOutput(text, means["PSNR dB"], means.get("SSIM", 0.0), own["noise"], own["blur"])
 
 
-class RestorerInfo(io.ComfyNode):
+class RestorerInfo(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -167,7 +167,7 @@ class RestorerInfo(io.ComfyNode):
         return io.NodeOutput(describe.restorer_text(restorer), restorer.restorer.scale)
 
 
-class ReportPage(io.ComfyNode):
+class ReportPage(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from ..errors import InputError
 from ..models.nafnet import NAFNet
 from . import sockets
-from .api import io
+from .api import Node, io
 
 
-class LocalPooling(io.ComfyNode):
+class LocalPooling(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

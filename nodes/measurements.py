@@ -6,7 +6,7 @@ from ..engine import host
 from ..guidance import measurement as measured
 from ..guidance import priors
 from . import sockets
-from .api import io
+from .api import Node, io
 from .images import as_image, colours_first
 from .inputs import check_choices, seed_input
 from .operators import CATEGORY
@@ -23,7 +23,7 @@ def _noise(**more) -> io.Float.Input:
     )
 
 
-class Measure(io.ComfyNode):
+class Measure(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -53,7 +53,7 @@ class Measure(io.ComfyNode):
         return io.NodeOutput(found, as_image(found.picture()))
 
 
-class MeasurementFromImage(io.ComfyNode):
+class MeasurementFromImage(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -90,7 +90,7 @@ class MeasurementFromImage(io.ComfyNode):
 DIRECTIONS = ["apply", "adjoint", "pseudo-inverse", "what it keeps", "what it loses"]
 
 
-class ApplyOperator(io.ComfyNode):
+class ApplyOperator(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

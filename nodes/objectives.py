@@ -16,7 +16,7 @@ from ..training.objectives.recipes import (
     UncertaintyObjective,
 )
 from . import sockets
-from .api import advanced, io
+from .api import Node, advanced, io
 from .inputs import chosen, first_problem, one_of
 
 CATEGORY = "Mend/training"
@@ -34,7 +34,7 @@ def _objective_output() -> list[io.Output]:
     ]
 
 
-class Pixel(io.ComfyNode):
+class Pixel(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -71,7 +71,7 @@ class Pixel(io.ComfyNode):
         return io.NodeOutput(PixelObjective(loss, fft))
 
 
-class Routing(io.ComfyNode):
+class Routing(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -95,7 +95,7 @@ class Routing(io.ComfyNode):
         return io.NodeOutput(RoutingObjective(complexity_bias))
 
 
-class Uncertainty(io.ComfyNode):
+class Uncertainty(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -134,7 +134,7 @@ class Uncertainty(io.ComfyNode):
         return io.NodeOutput(UncertaintyObjective(tasks, _ACCUMULATE[chosen("accumulate", accumulate, _ACCUMULATE)]))
 
 
-class Classification(io.ComfyNode):
+class Classification(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -189,7 +189,7 @@ class Classification(io.ComfyNode):
         return io.NodeOutput(ClassificationObjective(chosen("mode", mode, list(MODES)), gamma, stages, blocks))
 
 
-class Guidance(io.ComfyNode):
+class Guidance(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -240,7 +240,7 @@ class Guidance(io.ComfyNode):
         return io.NodeOutput(made)
 
 
-class Transport(io.ComfyNode):
+class Transport(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -351,7 +351,7 @@ class Transport(io.ComfyNode):
         return io.NodeOutput(TransportObjective(paired, *settings))
 
 
-class RateDistortion(io.ComfyNode):
+class RateDistortion(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -390,7 +390,7 @@ class RateDistortion(io.ComfyNode):
         return io.NodeOutput(RateDistortionObjective(qualities, clean_share, shown_quality))
 
 
-class Denoising(io.ComfyNode):
+class Denoising(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -429,7 +429,7 @@ class Denoising(io.ComfyNode):
         return io.NodeOutput(DenoisingObjective(chosen("kind", kind, _PRIORS) == "consistency", levels))
 
 
-class CombineObjectives(io.ComfyNode):
+class CombineObjectives(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         numbers = range(1, SLOTS + 1)

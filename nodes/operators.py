@@ -8,7 +8,7 @@ from ..errors import InputError
 from ..guidance import measurement as measured
 from ..guidance import operators
 from . import sockets
-from .api import advanced, io
+from .api import Node, advanced, io
 from .images import as_image, channels_first, colours_first, connected_mask
 from .inputs import above, check_choices, held, seed_input
 
@@ -30,7 +30,7 @@ def _built(operator: operators.Operator) -> io.NodeOutput:
     return io.NodeOutput(operator, as_image(measured.footprint(operator)[None]))
 
 
-class OperatorDownsample(io.ComfyNode):
+class OperatorDownsample(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -66,7 +66,7 @@ class OperatorDownsample(io.ComfyNode):
         return _built(build.downsampling(kind, factor))
 
 
-class OperatorBlur(io.ComfyNode):
+class OperatorBlur(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         pixels = {"min": 0.1, "max": 40.0, "step": 0.1}
@@ -152,7 +152,7 @@ class OperatorBlur(io.ComfyNode):
         return _built(build.blur(kind, size, sigma, sigma_across, angle, borders, official_layout))
 
 
-class OperatorInpaint(io.ComfyNode):
+class OperatorInpaint(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -180,7 +180,7 @@ class OperatorInpaint(io.ComfyNode):
         return _built(build.inpainting(connected_mask(mask).float(), scattered, seed))
 
 
-class OperatorColourise(io.ComfyNode):
+class OperatorColourise(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         weight = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.0001}
@@ -208,7 +208,7 @@ class OperatorColourise(io.ComfyNode):
         return _built(operators.Colourisation((red, green, blue)))
 
 
-class OperatorDenoise(io.ComfyNode):
+class OperatorDenoise(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -225,7 +225,7 @@ class OperatorDenoise(io.ComfyNode):
         return _built(operators.Denoising())
 
 
-class OperatorCompressedSensing(io.ComfyNode):
+class OperatorCompressedSensing(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -259,7 +259,7 @@ class OperatorCompressedSensing(io.ComfyNode):
         return _built(build.compressed_sensing(int(side), share, seed))
 
 
-class OperatorCompose(io.ComfyNode):
+class OperatorCompose(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -280,7 +280,7 @@ class OperatorCompose(io.ComfyNode):
         return io.NodeOutput(both, as_image(measured.footprint(both)[None]))
 
 
-class OperatorFromDegradation(io.ComfyNode):
+class OperatorFromDegradation(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..engine import journal, model_folder, osdface
 from ..guidance.latent_diffusion import OSDFACE_TIMESTEP
 from . import sockets
-from .api import advanced, io
+from .api import Node, advanced, io
 from .faces import COLOURS
 from .images import as_image, channels_first
 from .inputs import accepted, chosen, fingerprint, first_problem, one_of, seed_input, within
@@ -40,7 +40,7 @@ def _latent_mode() -> list[io.Input]:
     ]
 
 
-class LoadFaceEmbedder(io.ComfyNode):
+class LoadFaceEmbedder(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         files = model_folder.model_files()
@@ -86,7 +86,7 @@ class LoadFaceEmbedder(io.ComfyNode):
         return io.NodeOutput(osdface.load_embedder(model_folder.model_path(tokenizer), second))
 
 
-class FaceVisualPrompt(io.ComfyNode):
+class FaceVisualPrompt(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -117,7 +117,7 @@ class FaceVisualPrompt(io.ComfyNode):
         return io.NodeOutput([[prompt, {}]], osdface.describe_tokens(distinct, prompt.shape[1]))
 
 
-class FaceLora(io.ComfyNode):
+class FaceLora(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -175,7 +175,7 @@ class FaceLora(io.ComfyNode):
         return io.NodeOutput(*osdface.apply_lora(model, model_folder.lora_path(lora_name), strength, strict))
 
 
-class OneStepSigmas(io.ComfyNode):
+class OneStepSigmas(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -194,7 +194,7 @@ class OneStepSigmas(io.ComfyNode):
         return io.NodeOutput(osdface.sigmas(timestep))
 
 
-class OneStepLatent(io.ComfyNode):
+class OneStepLatent(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -216,7 +216,7 @@ class OneStepLatent(io.ComfyNode):
         return io.NodeOutput({**latent, "samples": osdface.prescaled(latent["samples"], timestep)})
 
 
-class EncodeFace(io.ComfyNode):
+class EncodeFace(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -244,7 +244,7 @@ class EncodeFace(io.ComfyNode):
         return io.NodeOutput({"samples": samples})
 
 
-class RestoreFaces(io.ComfyNode):
+class RestoreFaces(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

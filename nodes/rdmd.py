@@ -11,7 +11,7 @@ from ..engine import host, zero_shot
 from ..engine.pictures import from_pil, labelled, to_pil
 from ..errors import InputError
 from ..guidance import rdmd, schedules
-from .api import advanced, io
+from .api import Node, advanced, io
 from .images import as_image
 from .inputs import above, seed_input, within
 from .zero_shot_inputs import (
@@ -60,7 +60,7 @@ def renewal_input() -> io.Input:
     )
 
 
-class RdmdSigmas(io.ComfyNode):
+class RdmdSigmas(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -80,7 +80,7 @@ class RdmdSigmas(io.ComfyNode):
         return io.NodeOutput(as_sigmas(schedules.rdmd_schedule(steps).sigmas, flow))
 
 
-class RdmdStart(io.ComfyNode):
+class RdmdStart(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -103,7 +103,7 @@ class RdmdStart(io.ComfyNode):
         return io.NodeOutput(as_latent(u), as_latent(x))
 
 
-class RdmdStep(io.ComfyNode):
+class RdmdStep(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -162,7 +162,7 @@ class RdmdStep(io.ComfyNode):
         return states_and_picture(prior, zero_shot.picture_size(measurement), step)
 
 
-class Regularise(io.ComfyNode):
+class Regularise(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -207,7 +207,7 @@ class Regularise(io.ComfyNode):
         return states_and_picture(prior, estimate.shape, regularise)
 
 
-class RdmdStrip(io.ComfyNode):
+class RdmdStrip(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..engine import regions
 from ..engine.pictures import false_colour
 from . import sockets
-from .api import advanced, io
+from .api import Node, advanced, io
 from .images import as_image, as_mask, channels_first, connected_mask
 from .inputs import above
 
@@ -32,7 +32,7 @@ def _shape_inputs(threshold: float, softness: float, what: str) -> list[io.Input
     ]
 
 
-class RegionFromMap(io.ComfyNode):
+class RegionFromMap(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -53,7 +53,7 @@ class RegionFromMap(io.ComfyNode):
         return io.NodeOutput(as_mask(regions.region(connected_mask(map), threshold, softness, feather, invert)))
 
 
-class RegionFromDegradation(io.ComfyNode):
+class RegionFromDegradation(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

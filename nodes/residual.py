@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from ..engine import loaded, model_folder, residuals
 from . import sockets
-from .api import io
+from .api import Node, io
 from .images import as_image, channels_first, connected_mask
 from .inputs import ModelFile, Precision, model_input, tiling_inputs
 
 
-class FirstPass(Precision, io.ComfyNode):
+class FirstPass(Precision, Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -50,7 +50,7 @@ class FirstPass(Precision, io.ComfyNode):
         return io.NodeOutput(as_image(restored), residual, as_image(residuals.picture(residual, gain)))
 
 
-class EncodeResidual(io.ComfyNode):
+class EncodeResidual(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -98,7 +98,7 @@ class EncodeResidual(io.ComfyNode):
         )
 
 
-class RestoreWithResidual(Precision, io.ComfyNode):
+class RestoreWithResidual(Precision, Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -165,7 +165,7 @@ class RestoreWithResidual(Precision, io.ComfyNode):
         return io.NodeOutput(as_image(restored))
 
 
-class LoadPotential(ModelFile, io.ComfyNode):
+class LoadPotential(ModelFile, Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -183,7 +183,7 @@ class LoadPotential(ModelFile, io.ComfyNode):
         return io.NodeOutput(loaded.load(model_folder.model_path(model_name), system="da-rcot-potential"))
 
 
-class PotentialScore(io.ComfyNode):
+class PotentialScore(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

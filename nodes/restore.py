@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from ..engine import loaded, mix, model_folder, tiling
 from . import sockets
-from .api import advanced, io
+from .api import Node, advanced, io
 from .images import as_image, channels_first, connected_mask
 from .inputs import ModelFile, Precision, model_input, tiling_inputs
 
 
-class LoadRestorer(ModelFile, io.ComfyNode):
+class LoadRestorer(ModelFile, Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -36,7 +36,7 @@ class LoadRestorer(ModelFile, io.ComfyNode):
         return io.NodeOutput(loaded.load(model_folder.model_path(model_name)))
 
 
-class Restore(Precision, io.ComfyNode):
+class Restore(Precision, Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -81,7 +81,7 @@ class Restore(Precision, io.ComfyNode):
         return io.NodeOutput(as_image(restored))
 
 
-class RestorationMix(io.ComfyNode):
+class RestorationMix(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         weight = {"min": 0.0, "max": 2.0, "step": 0.05, "round": 0.001}

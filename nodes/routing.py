@@ -7,14 +7,14 @@ import torch
 from ..engine import report, routes
 from ..models import moce_routing
 from . import sockets
-from .api import advanced, io
+from .api import Node, advanced, io
 from .images import as_image, channels_first
 from .inputs import held, seed_input
 
 ACTIONS = ["force", "blend", "ban", "freeze frame", "average batch"]
 
 
-class Route(io.ComfyNode):
+class Route(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -49,7 +49,7 @@ class Route(io.ComfyNode):
         return io.NodeOutput(routes.route(restorer, channels_first(image), noise, seed))
 
 
-class EditRouting(io.ComfyNode):
+class EditRouting(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -91,7 +91,7 @@ class EditRouting(io.ComfyNode):
         return io.NodeOutput(moce_routing.edit(held("routing", routing), action, experts, blocks, frame))
 
 
-class RoutingReport(io.ComfyNode):
+class RoutingReport(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -117,7 +117,7 @@ class RoutingReport(io.ComfyNode):
         return io.NodeOutput(as_image(maps), moce_routing.describe(routing))
 
 
-class ExpertSweep(io.ComfyNode):
+class ExpertSweep(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -7,7 +7,7 @@ from ..engine import official_tiling, state_space
 from ..errors import InputError
 from ..models.mambairv2 import ROUTE_MODES
 from . import sockets
-from .api import advanced, io
+from .api import Node, advanced, io
 from .images import as_image, channels_first
 from .inputs import Precision, above, chosen, one_of, precision_input, seed_input
 
@@ -15,7 +15,7 @@ MODES = list(ROUTE_MODES)
 BACKENDS = ["auto", *kernels.NAMES]
 
 
-class ScanPath(io.ComfyNode):
+class ScanPath(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -47,7 +47,7 @@ class ScanPath(io.ComfyNode):
         return io.NodeOutput(state_space.with_scan_len(restorer, scan_len))
 
 
-class RouteMode(io.ComfyNode):
+class RouteMode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -89,7 +89,7 @@ class RouteMode(io.ComfyNode):
         return io.NodeOutput(state_space.with_route_mode(restorer, mode, seed, samples))
 
 
-class RouteMap(io.ComfyNode):
+class RouteMap(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -135,7 +135,7 @@ class RouteMap(io.ComfyNode):
         return io.NodeOutput(as_image(state_space.class_map(routes[layer], pictures, opacity)), text)
 
 
-class ScanBackend(io.ComfyNode):
+class ScanBackend(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -173,7 +173,7 @@ class ScanBackend(io.ComfyNode):
         return io.NodeOutput(*state_space.with_scan_backend(restorer, chosen("backend", backend, BACKENDS)))
 
 
-class OfficialTiling(Precision, io.ComfyNode):
+class OfficialTiling(Precision, Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

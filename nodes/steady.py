@@ -7,7 +7,7 @@ from ..engine.pictures import curves, from_pil
 from ..engine.shots import THRESHOLD, first_frames, hold, scores
 from ..errors import InputError
 from . import sockets
-from .api import advanced, io
+from .api import Node, advanced, io
 from .images import as_image, channels_first
 
 
@@ -17,7 +17,7 @@ def _shots_input(what: str) -> io.Input:
     )
 
 
-class DetectShots(io.ComfyNode):
+class DetectShots(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -63,7 +63,7 @@ class DetectShots(io.ComfyNode):
         return io.NodeOutput(starts, as_image(pictures[starts]), as_image(from_pil(figure)[None]), text)
 
 
-class HoldPerShot(io.ComfyNode):
+class HoldPerShot(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -96,7 +96,7 @@ class HoldPerShot(io.ComfyNode):
         return io.NodeOutput(*(None if v is None else hold(n, v, shots, len(image)) for n, v in given.items()))
 
 
-class StabiliseFrames(io.ComfyNode):
+class StabiliseFrames(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -137,7 +137,7 @@ class StabiliseFrames(io.ComfyNode):
         return io.NodeOutput(as_image(stabiliser.stabilise(channels_first(image), strength, tolerance, shots)))
 
 
-class Flicker(io.ComfyNode):
+class Flicker(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -8,7 +8,7 @@ from ..engine import datasets, degraders, folders, journal, loaded, model_folder
 from ..guidance import gendeg as intensities
 from ..training import make_dataset
 from . import sockets
-from .api import advanced, io, ui
+from .api import Node, advanced, io, ui
 from .gendeg_inputs import CATEGORY, KINDS, caption_input, kind_input, mu_input, sigma_input
 from .images import as_image, channels_first, colours_first
 from .inputs import ModelFile, chosen, fingerprint, one_of, seed_input
@@ -16,7 +16,7 @@ from .inputs import ModelFile, chosen, fingerprint, one_of, seed_input
 MODEL, SIMULATION = "degrader", "simulation"
 
 
-class LoadDegradationModel(ModelFile, io.ComfyNode):
+class LoadDegradationModel(ModelFile, Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -60,7 +60,7 @@ def _place(name: str) -> Path:
     return folders.output_directory() / "datasets" / name
 
 
-class SynthesiseDegradation(io.ComfyNode):
+class SynthesiseDegradation(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -114,7 +114,7 @@ class SynthesiseDegradation(io.ComfyNode):
         return io.NodeOutput(as_image(found.damaged), float(found.mu.mean()), float(found.sigma.mean()), text)
 
 
-class MakeDataset(io.ComfyNode):
+class MakeDataset(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from ..engine import train
 from ..training import finetune
 from . import sockets
-from .api import ExecutionBlocker, advanced, io
+from .api import ExecutionBlocker, Node, advanced, io
 from .images import as_image
 from .inputs import above, first_problem, one_of, seed_input
 
 CATEGORY = "Mend/training"
 
 
-class TrainRestorer(io.ComfyNode):
+class TrainRestorer(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -159,7 +159,7 @@ class TrainRestorer(io.ComfyNode):
         return io.NodeOutput(done.restorer, as_image(done.strip), as_image(done.plot), done.text, companion)
 
 
-class SaveRestorer(io.ComfyNode):
+class SaveRestorer(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from ..engine import blend, uncertainty
 from ..errors import InputError
 from . import sockets
-from .api import advanced, io
+from .api import Node, advanced, io
 from .images import as_image, as_mask, channels_first, connected_mask
 from .inputs import Precision, chosen, one_of, tiling_inputs
 
 WAYS = ["amount", "mask", "uncertainty", "degradation"]
 
 
-class RestoreWithUncertainty(Precision, io.ComfyNode):
+class RestoreWithUncertainty(Precision, Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -66,7 +66,7 @@ class RestoreWithUncertainty(Precision, io.ComfyNode):
         return io.NodeOutput(as_image(restored), as_mask(mask), as_image(picture), uncertainty.describe(raw, level))
 
 
-class BlendRestorations(io.ComfyNode):
+class BlendRestorations(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -12,7 +12,7 @@ from ..engine.stabiliser import TOLERANCE
 from ..engine.video import CODECS, VIDEO_SUFFIXES
 from ..engine.video_wire import Source, readable
 from . import sockets
-from .api import VideoFile, advanced, io, ui
+from .api import Node, VideoFile, advanced, io, ui
 from .inputs import PRECISIONS, accepted, chosen, fingerprint, first_problem, one_of, tiling_inputs
 
 NO_FILE = "none"
@@ -97,7 +97,7 @@ def _source(video: str, clip: Any) -> AbstractContextManager[Source]:
     return nullcontext(Source(file, file.stem))
 
 
-class RestoreVideo(io.ComfyNode):
+class RestoreVideo(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -197,7 +197,7 @@ class RestoreVideo(io.ComfyNode):
         )
 
 
-class RestoreFolder(io.ComfyNode):
+class RestoreFolder(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

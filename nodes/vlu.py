@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from ..engine import degradations
 from . import sockets
-from .api import advanced, io
+from .api import Node, advanced, io
 from .images import as_image, channels_first, connected_mask
 from .inputs import held, one_of
 
 
-class EncodeDegradation(io.ComfyNode):
+class EncodeDegradation(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -66,7 +66,7 @@ class EncodeDegradation(io.ComfyNode):
         return io.NodeOutput(found, as_image(degradations.degradation_picture(found)), found.report())
 
 
-class DegradationFromText(io.ComfyNode):
+class DegradationFromText(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -107,7 +107,7 @@ class DegradationFromText(io.ComfyNode):
         return io.NodeOutput(found, found.report())
 
 
-class MixDegradations(io.ComfyNode):
+class MixDegradations(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -137,7 +137,7 @@ class MixDegradations(io.ComfyNode):
         return io.NodeOutput(held("first", first).mix(held("second", second), amount))
 
 
-class PromptWeights(io.ComfyNode):
+class PromptWeights(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from ..engine import coarse as coarse_images
 from . import sockets
-from .api import io
+from .api import Node, io
 from .images import as_image, channels_first
 from .inputs import Precision, tiling_inputs
 
 
-class CoarseImage(io.ComfyNode):
+class CoarseImage(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -32,7 +32,7 @@ class CoarseImage(io.ComfyNode):
         return io.NodeOutput(as_image(coarse_images.predict(restorer, channels_first(image)).image.clamp(0, 1)))
 
 
-class RemoveWeather(Precision, io.ComfyNode):
+class RemoveWeather(Precision, Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

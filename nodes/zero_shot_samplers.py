@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..engine import comfy_sampling, zero_shot
 from ..errors import InputError
 from . import sockets
-from .api import advanced, io
+from .api import Node, advanced, io
 from .inputs import accepted, check_choices, within
 from .rdmd import rdmd_weights, renewal_input
 from .zero_shot_inputs import (
@@ -50,7 +50,7 @@ def _cfg() -> io.Input:
     )
 
 
-class PriorFromModel(io.ComfyNode):
+class PriorFromModel(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -68,7 +68,7 @@ class PriorFromModel(io.ComfyNode):
         return io.NodeOutput(comfy_sampling.ModelPrior(model, vae, positive, negative, cfg))
 
 
-class PriorToModel(io.ComfyNode):
+class PriorToModel(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -89,7 +89,7 @@ class PriorToModel(io.ComfyNode):
         return io.NodeOutput(comfy_sampling.as_model(prior))
 
 
-class SamplerCm4ir(io.ComfyNode):
+class SamplerCm4ir(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -150,7 +150,7 @@ class SamplerCm4ir(io.ComfyNode):
         return io.NodeOutput(comfy_sampling.sampler(measurement, settings, vae))
 
 
-class SamplerRdmd(io.ComfyNode):
+class SamplerRdmd(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -187,7 +187,7 @@ class SamplerRdmd(io.ComfyNode):
         return io.NodeOutput(comfy_sampling.rdmd_sampler(measurement, settings, vae))
 
 
-class MeasurementGuider(io.ComfyNode):
+class MeasurementGuider(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

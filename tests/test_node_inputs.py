@@ -135,6 +135,15 @@ def test_a_number_without_meaning_that_comes_over_a_wire_is_named():
         nodes["MendDatasetFromImages"].execute(torch.rand(1, 32, 32, 3), crop=0)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_every_node_refuses_a_number_from_a_wire_that_is_not_finite(bad):
+    slots = [(n, slot) for n in NODES for slot in n.GET_SCHEMA().inputs or [] if slot.get_io_type() == "FLOAT"]
+    assert len(slots) > 80
+    for node, slot in slots:
+        with pytest.raises(InputError, match=f"^{slot.id}: {bad} is no finite number; change what is connected to it$"):
+            node.execute(**{slot.id: bad})
+
+
 def test_a_choice_that_comes_over_a_wire_is_checked_when_the_node_runs():
     nodes = {n.GET_SCHEMA().node_id: n for n in NODES}
     for name, values, message in (

@@ -34,6 +34,12 @@ def _objective_output() -> list[io.Output]:
     ]
 
 
+def _stages_input(empty: str) -> io.Input:
+    """Which decoder stages a classifier looks at; `empty` says which they are by default."""
+    tooltip = "Names of the decoder stages to look at, separated by commas; * stands for any letters. Empty: "
+    return advanced(io.String.Input("stages", default="", tooltip=f"{tooltip}{empty}."))
+
+
 class Pixel(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -159,14 +165,7 @@ class Classification(Node):
                     step=0.1,
                     tooltip="Focal loss: the larger, the less pictures count that are classified well already.",
                 ),
-                advanced(
-                    io.String.Input(
-                        "stages",
-                        default="",
-                        tooltip="Names of the decoder stages to look at, separated by commas; * stands for any letters. Empty: those of the published "
-                        "networks.",
-                    )
-                ),
+                _stages_input("those of the published networks"),
                 advanced(
                     io.Int.Input(
                         "blocks",
@@ -221,14 +220,7 @@ class Guidance(Node):
                     step=0.01,
                     tooltip="Weight of the classifier's verdict. Published: 1.",
                 ),
-                advanced(
-                    io.String.Input(
-                        "stages",
-                        default="",
-                        tooltip="Names of the decoder stages to look at, separated by commas; * stands for any letters. Empty: those that the classifier was "
-                        "trained with.",
-                    )
-                ),
+                _stages_input("those that the classifier was trained with"),
             ],
             outputs=_objective_output(),
         )
@@ -339,16 +331,18 @@ class Transport(Node):
         width=64,
         potential_rate=1e-4,
     ) -> io.NodeOutput:
-        settings = (
-            transport_cost,
-            pair_weight,
-            contrastive,
-            corrected_contrast,
-            gradient_penalty,
-            width,
-            potential_rate,
+        return io.NodeOutput(
+            TransportObjective(
+                paired,
+                transport_cost,
+                pair_weight,
+                contrastive,
+                corrected_contrast,
+                gradient_penalty,
+                width,
+                potential_rate,
+            )
         )
-        return io.NodeOutput(TransportObjective(paired, *settings))
 
 
 class RateDistortion(Node):

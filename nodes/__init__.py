@@ -6,7 +6,7 @@ import importlib
 
 from ..engine import host
 from ..models import interop
-from .api import ComfyExtension, io
+from .api import ComfyExtension, Node
 
 # The order is the order of the node menu.
 FAMILIES: tuple[str, ...] = (
@@ -44,7 +44,7 @@ FAMILIES: tuple[str, ...] = (
 )
 
 
-def node_classes() -> list[type[io.ComfyNode]]:
+def node_classes() -> list[type[Node]]:
     """Every node class of the pack."""
     return [node for family in FAMILIES for node in importlib.import_module(f".{family}", __package__).NODES]
 
@@ -52,7 +52,7 @@ def node_classes() -> list[type[io.ComfyNode]]:
 class MendExtension(ComfyExtension):
     """What ComfyUI's entry point returns."""
 
-    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+    async def get_node_list(self) -> list[type[Node]]:
         if host.inside_comfyui():  # so that its own Load Upscale Model takes our networks' files
             interop.register_with_spandrel()
         return node_classes()

@@ -1,4 +1,4 @@
-"""The node API: ComfyUI's own inside it, the built-in twin (`engine/node_api.py`) elsewhere."""
+"""The node API: ComfyUI's own inside it, the built-in twin (`engine/node_api.py`) elsewhere; and the base of our nodes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Node(io.ComfyNode):
         super().__init_subclass__(**kwargs)
         execute = cls.execute.__func__
         if execute is io.ComfyNode.execute.__func__ or hasattr(execute, "checks_numbers"):
-            return  # none of its own: abstract, or inherited with the check
+            return  # abstract; or checked already, as in a subclass and in the clone that ComfyUI makes for each call
 
         @functools.wraps(execute)
         def checked(cls: type[Node], *args: Any, **values: Any) -> io.NodeOutput:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..engine import journal, model_folder
 from ..errors import InputError, MendError
-from .api import advanced, io
+from .api import Node, advanced, io
 
 PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 
@@ -37,7 +37,7 @@ def held(name: str, value: Any) -> Any:
     return value
 
 
-def check_choices(node: type[io.ComfyNode], **values: Any) -> None:
+def check_choices(node: type[Node], **values: Any) -> None:
     """Raises InputError, when the node runs, for a value that the menu of this name in `node` does not offer.
 
     ComfyUI 0.3.64 lets any text through that comes by a wire or by the API.
